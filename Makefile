@@ -1,0 +1,45 @@
+# `make demo` and `make test` do all their set-up: a virtual environment of their own in .venv.
+# Where python3 already has torch (a GPU machine), that torch is used; elsewhere the pinned CPU set-up is installed.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+
+.PHONY: demo test check format types lint clean
+
+demo: $(READY)
+	$(BIN)/python -m fusion_pass.demo
+
+test: $(READY)
+	$(BIN)/python -m pytest
+
+check: lint types
+
+lint: $(READY)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+format: $(READY)
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+# The type checker does not run setuptools' import hooks: show it the package as it is installed.
+types: $(READY)
+	rm -rf build/types && mkdir -p build/types/fusion_pass
+	ln -s $(CURDIR)/fusion_pass/* $(CURDIR)/patterns $(CURDIR)/kernels build/types/fusion_pass/
+	MYPYPATH=build/types $(BIN)/mypy -p fusion_pass
+
+$(READY): pyproject.toml constraints.txt Makefile
+	rm -rf $(VENV)
+	$(PYTHON) -m venv $(VENV)
+	if $(PYTHON) -c 'import torch, triton' 2>/dev/null; then \
+	    $(PYTHON) -c 'import sysconfig; print(sysconfig.get_path("purelib"))' \
+	        > "$$($(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/parent.pth" && \
+	    $(BIN)/python -m pip install -q --no-build-isolation -e '.[test,models]'; \
+	else \
+	    $(BIN)/python -m pip install -q -c constraints.txt -e '.[dev]'; \
+	fi
+	touch $@
+
+clean:
+	rm -rf $(VENV) build

@@ -1,0 +1,1 @@
+"""The fused Triton kernels and what each computes in plain PyTorch."""

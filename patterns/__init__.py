@@ -1,0 +1,1 @@
+"""The grammar: what quantized models look like in a graph."""

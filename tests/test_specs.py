@@ -1,0 +1,83 @@
+"""Specs travel through graphs as text and refuse what no kernel can honour."""
+
+import dataclasses
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from fusion_pass.specs import (
+    FusedSpec,
+    GatedActivation,
+    Mean,
+    NoPrologue,
+    Quantizer,
+    QuotientRule,
+    RMSNorm,
+    ScaleLayout,
+    ScaleRule,
+    SpecError,
+    Weight,
+    decode,
+)
+
+roundings = st.sampled_from([torch.float32, torch.bfloat16, torch.float16])
+positive = st.floats(min_value=1e-12, max_value=1e4, allow_nan=False)
+prologues = st.one_of(
+    st.just(NoPrologue()),
+    st.builds(
+        RMSNorm,
+        eps=positive,
+        weight=st.sampled_from(Weight),
+        mean=st.sampled_from(Mean),
+        normalized=roundings,
+        product=roundings,
+        residual_sum=st.none() | roundings,
+    ),
+    st.builds(GatedActivation, activated=roundings, product=roundings),
+)
+quantizers = st.builds(
+    Quantizer,
+    code=st.sampled_from([torch.float8_e4m3fn, torch.float8_e5m2]),
+    divisor=positive,
+    group=st.sampled_from([32, 64, 128]),
+    amax_floor=st.none() | positive,
+    scale_floor=st.none() | positive,
+    scale_rule=st.sampled_from(ScaleRule),
+    scale_dtype=roundings,
+    quotient_rule=st.sampled_from(QuotientRule),
+    clamp=st.none() | positive,
+)
+
+
+@given(st.builds(FusedSpec, prologues, quantizers, st.sampled_from(ScaleLayout)))
+def test_text_round_trip(spec):
+    assert decode(spec.encode()) == spec
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("group", 0),
+        ("divisor", -1.0),
+        ("divisor", float("inf")),
+        ("clamp", 0.0),
+        ("code", torch.int16),
+        ("scale_dtype", torch.float64),
+    ],
+)
+def test_a_bad_field_is_named(field, value):
+    with pytest.raises(SpecError, match=field):
+        dataclasses.replace(Quantizer(), **{field: value})
+
+
+def test_per_token_scales_have_no_column_layout():
+    with pytest.raises(SpecError, match="layout"):
+        FusedSpec(NoPrologue(), Quantizer(group=None), ScaleLayout.COLUMN)
+
+
+@pytest.mark.parametrize("text", ["", "Quantizer()", "FusedSpec(prologue=open('x'))", "1 +"])
+def test_other_text_is_refused(text):
+    with pytest.raises(SpecError, match="spec"):
+        decode(text)
