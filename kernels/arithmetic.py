@@ -1,0 +1,143 @@
+"""Device functions shared by every kernel family: casts, rounding points, amax, exact quotients, activations.
+
+Each reproduces the bits of the eager PyTorch operation it is named after. Where Triton's interpreter does not (its casts
+to bf16 and fp8 do not round to nearest even, its fma rounds twice, it has no libdevice), the interpreted version calls
+PyTorch's CPU operation on the tile instead.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+import triton
+import triton.language as tl
+from triton.language.extra import libdevice
+
+INTERPRETED: bool = bool(triton.knobs.runtime.interpret)
+
+_TORCH_DTYPES = {
+    tl.float32: torch.float32,
+    tl.bfloat16: torch.bfloat16,
+    tl.float16: torch.float16,
+    tl.float8e4nv: torch.float8_e4m3fn,
+    tl.float8e5: torch.float8_e5m2,
+}
+# The types numpy lacks travel through the interpreter as their bits.
+_BITS = {tl.bfloat16: torch.uint16, tl.float8e4nv: torch.uint8, tl.float8e5: torch.uint8}
+
+
+def _to_torch(x: tl.tensor) -> torch.Tensor:
+    data = torch.from_numpy(np.ascontiguousarray(x.handle.data))
+    dtype = x.dtype.scalar
+    return data.view(_TORCH_DTYPES[dtype]) if dtype in _BITS else data
+
+
+def _from_torch(x: torch.Tensor, dtype: tl.dtype) -> tl.tensor:
+    from triton.runtime.interpreter import TensorHandle
+
+    data = (x.view(_BITS[dtype]) if dtype in _BITS else x).numpy()
+    return tl.tensor(TensorHandle(data, dtype), tl.block_type(dtype, list(x.shape)))
+
+
+if INTERPRETED:
+
+    def cast(x, dtype):
+        dtype = tl.core._unwrap_if_constexpr(dtype)
+        return x if x.dtype.scalar == dtype else _from_torch(_to_torch(x).to(_TORCH_DTYPES[dtype]), dtype)
+
+    def silu(x):
+        return _from_torch(torch.nn.functional.silu(_to_torch(x)), tl.float32)
+
+    def divide(y, s):
+        return tl.math.div_rn(y, s)
+
+else:
+
+    @triton.jit
+    def cast(x, dtype: tl.constexpr):
+        """x in ``dtype``, rounded to nearest even; fp8 codes saturate and keep NaN."""
+        return x.to(dtype)
+
+    @triton.jit
+    def silu(x):
+        """x / (1 + exp(-x)) of a f32 tile: ATen's silu_kernel on CUDA, which is compiled without fast math."""
+        return tl.math.div_rn(x, 1.0 + libdevice.exp(-x))
+
+    @triton.jit
+    def divide(y, s):
+        """The correctly rounded y / s, for |y| not far above s's range of codes; s broadcasts against y.
+
+        With r the correctly rounded 1/s, ``q = y*r`` followed by one residual correction is the correctly rounded quotient
+        (Markstein, IBM J. Res. Dev. 34(1), 1990) unless r or the residual leaves the normal range. Scales beyond 2^±100,
+        zero, infinite and NaN scales take the division instruction. The residual is formed as q*s - y so that a zero
+        quotient keeps the sign of y.
+        """
+        r = tl.math.div_rn(1.0, s)
+        ordinary = (s >= 7.888609052210118e-31) & (s <= 1.2676506002282294e30)
+        if tl.min(tl.ravel(ordinary.to(tl.int32)), 0) == 1:
+            q = y * r
+            excess = tl.fma(q, tl.broadcast_to(s, y.shape), -y)
+            q = tl.fma(-excess, tl.broadcast_to(r, y.shape), q)
+        else:
+            q = tl.math.div_rn(y, tl.broadcast_to(s, y.shape))
+        return q
+
+
+@triton.jit
+def round_to(x, ROUNDING: tl.constexpr):
+    """The f32 tile x rounded as a store to the given type and a load back would: f32, bf16 or f16 by name."""
+    if ROUNDING == "bf16":
+        x = cast(cast(x, tl.bfloat16), tl.float32)
+    elif ROUNDING == "f16":
+        x = cast(cast(x, tl.float16), tl.float32)
+    return x
+
+
+@triton.jit
+def amax(x, AXIS: tl.constexpr):
+    """max(|x|) of a f32 tile along AXIS, kept as an axis of one. NaN if any value is, as torch.amax.
+
+    Without their sign, f32 bit patterns order as integers, with NaN above infinity.
+    """
+    bits = tl.max(x.to(tl.int32, bitcast=True) & 0x7FFFFFFF, AXIS, keep_dims=True)
+    return bits.to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def at_least(x, floor: tl.constexpr):
+    """max(x, floor) that keeps NaN, as torch.clamp."""
+    return tl.where(x < floor, floor, x)
+
+
+@triton.jit
+def dequantization_scale(
+    peak,
+    AMAX_FLOOR: tl.constexpr,
+    SCALE_FLOOR: tl.constexpr,
+    DIVISOR: tl.constexpr,
+    MULTIPLIER: tl.constexpr,
+    SCALE_ROUNDING: tl.constexpr,
+):
+    """The scale from amax: divided by DIVISOR, or times MULTIPLIER (its f32 reciprocal) if that is not None."""
+    if AMAX_FLOOR is not None:
+        peak = at_least(peak, AMAX_FLOOR)
+    if MULTIPLIER is not None:
+        scale = peak * MULTIPLIER
+    else:
+        scale = tl.math.div_rn(peak, tl.full(peak.shape, DIVISOR, tl.float32))
+    scale = round_to(scale, SCALE_ROUNDING)
+    if SCALE_FLOOR is not None:
+        scale = at_least(scale, SCALE_FLOOR)
+    return scale
+
+
+@triton.jit
+def codes(y, scale, CLAMP: tl.constexpr, EXACT_QUOTIENT: tl.constexpr, dtype: tl.constexpr):
+    """cast(clamp(y / scale)), or with EXACT_QUOTIENT false cast(clamp(y * (1 / scale))); scale broadcasts against y."""
+    if EXACT_QUOTIENT:
+        q = divide(y, scale)
+    else:
+        q = y * tl.math.div_rn(1.0, scale)
+    if CLAMP is not None:
+        q = tl.clamp(q, -CLAMP, CLAMP, propagate_nan=tl.PropagateNan.ALL)
+    return cast(q, dtype)
