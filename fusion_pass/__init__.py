@@ -1,3 +1,55 @@
-"""fusion-pass: quantized models compiled with ``torch.compile`` run fused Triton kernels, with eager's exact bits."""
+"""Fused Triton kernels for the quantization in unmodified PyTorch models, found by a pass over torch.compile's graphs.
+
+    import fusion_pass
+    fusion_pass.register()          # once, before torch.compile
+    model = torch.compile(model)
+
+See :func:`register`, :func:`unregister`, :func:`enabled`, :func:`explain` and :mod:`fusion_pass.ops`.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from .registration import enabled, register, unregister
+
+if TYPE_CHECKING:
+    from . import ops
+    from .explanation import explain
+    from .graph_pass import UnfusedSiteError
+    from .sites import FusedSite, Miss, Report
 
 __version__ = "0.1.0"
+
+__all__ = [
+    "FusedSite",
+    "Miss",
+    "Report",
+    "UnfusedSiteError",
+    "enabled",
+    "explain",
+    "ops",
+    "register",
+    "unregister",
+]
+
+# Importing Inductor takes seconds: a program that never compiles should not pay for it.
+_LAZY = {
+    "FusedSite": "sites",
+    "Miss": "sites",
+    "Report": "sites",
+    "UnfusedSiteError": "graph_pass",
+    "explain": "explanation",
+}
+
+
+def __getattr__(name: str) -> Any:
+    import importlib
+
+    if name == "ops":
+        return importlib.import_module(".ops", __name__)
+    if name in _LAZY:
+        value = getattr(importlib.import_module(f".{_LAZY[name]}", __name__), name)
+        globals()[name] = value
+        return value
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

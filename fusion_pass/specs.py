@@ -183,13 +183,34 @@ class Quantizer:
 
 @dataclass(frozen=True)
 class FusedSpec:
-    """One fused kernel: a prologue, a quantizer and the layout of its scales."""
+    """One fused kernel: a prologue, a quantizer, the layout of its scales, and the optional further outputs.
+
+    Attributes:
+        prologue: what is computed before the quantizer.
+        quantizer: how the prologue's value is quantized.
+        layout: where the scales lie.
+        sum_output: dtype in which a norm's x + residual is also returned (rounded from the f32 sum), or None.
+        value_output: dtype in which the prologue's value is also returned, or None.
+    """
 
     prologue: Prologue
     quantizer: Quantizer
     layout: ScaleLayout = ScaleLayout.ROW
+    sum_output: torch.dtype | None = None
+    value_output: torch.dtype | None = None
 
     def __post_init__(self) -> None:
+        has_residual = isinstance(self.prologue, RMSNorm) and self.prologue.residual_sum is not None
+        _require(self.sum_output is None or has_residual, "sum_output", self.sum_output, "None without a residual")
+        _require(
+            self.value_output is None or not isinstance(self.prologue, NoPrologue),
+            "value_output",
+            self.value_output,
+            "None without a prologue",
+        )
+        for name in ("sum_output", "value_output"):
+            dtype = getattr(self, name)
+            _require(dtype is None or dtype in ROUNDING_DTYPES, name, dtype, "None, float32, bfloat16 or float16")
         column_per_token = self.layout is ScaleLayout.COLUMN and self.quantizer.group is None
         _require(
             not column_per_token, "layout", self.layout.value, "row for per-token scales, which are a single column"

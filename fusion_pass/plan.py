@@ -1,0 +1,302 @@
+"""Recognise and plan: from a graph to the sites that can be fused, without changing it.
+
+Every quantizing cast is named first. Casts of one value are then planned together: the first takes the value's prologue
+(and returns the value if anything else reads it), the others quantize the value.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Collection, Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import fx
+
+from .patterns.activations import ActivationSite, recognise_activation
+from .patterns.grammar import Failure, Search, describe
+from .patterns.layouts import column_copies
+from .patterns.norms import NormSite, recognise_norm
+from .patterns.quantizers import QuantizerSite, quantizing_cast, recognise_quantizer
+from .patterns.values import FLOATS, Values, cast_dtype, dtype, same_size, shape, tensor
+from .sites import FusedSite, Miss, Report, location
+from .specs import FusedSpec, NoPrologue, ScaleLayout
+
+# A prologue search that stopped before this many operations saw an ordinary producer, not an unknown norm.
+_NEAR_MISS = 3
+
+
+def plan(graph: fx.Graph, devices: Collection[str]) -> Report:
+    """The sites of ``graph`` on ``devices`` in topological order, and what was left, with the reason."""
+    return _Planner(graph, devices).run()
+
+
+@dataclass
+class _Group:
+    """The distinct quantizers of one value, and how many casts each serves."""
+
+    quantizers: list[QuantizerSite]
+    served: list[int]
+
+
+class _Planner:
+    def __init__(self, graph: fx.Graph, devices: Collection[str]) -> None:
+        self.graph = graph
+        self.devices = devices
+        self.report = Report()
+        # Most graphs quantize nothing: number their values only if they do.
+        self.casts = [n for n in graph.nodes if quantizing_cast(n) and self._on_device(n)]
+        self.order: dict[fx.Node, int] = {}
+        self.produced: set[fx.Node] = set()
+
+    def _on_device(self, node: fx.Node) -> bool:
+        value = tensor(node)
+        return value is not None and value.device.type in self.devices
+
+    def run(self) -> Report:
+        self.report.eligible = len(self.casts)
+        if self.casts:
+            self.values = Values(self.graph)
+            self.order = {node: i for i, node in enumerate(self.graph.nodes)}
+            for value, group in self._groups().items():
+                self.report.fused += self._plan_group(value, group)
+        return self.report
+
+    def _groups(self) -> dict[fx.Node, _Group]:
+        groups: dict[fx.Node, _Group] = {}
+        found: dict[fx.Node, tuple[_Group, int]] = {}
+        for cast in self.casts:
+            core = self.values.core(cast)
+            if core in found:
+                group, index = found[core]
+                group.served[index] += 1
+                continue
+            site = self._quantizer(cast)
+            if site is not None:
+                group = groups.setdefault(site.x, _Group([], []))
+                found[core] = group, len(group.quantizers)
+                group.quantizers.append(site)
+                group.served.append(1)
+        return groups
+
+    def _quantizer(self, cast: fx.Node) -> QuantizerSite | None:
+        search = Search(self.values)
+        site = recognise_quantizer(cast, search, _device(cast))
+        if site is None:
+            self._miss("quantizer", search.failure, cast)
+        elif not _contiguous(cast, site.scale):
+            self._refuse("quantizer", "its codes and scales are not contiguous", cast)
+        else:
+            return site
+        return None
+
+    def _plan_group(self, value: fx.Node, group: _Group) -> list[FusedSite]:
+        sites: list[FusedSite] = []
+        claimed: set[fx.Node] = set()
+        for quantizer in group.quantizers:
+            claimed |= {self.values.core(n) for n in quantizer.nodes}
+        prologue = self._prologue(value, group)
+        for quantizer, served in zip(group.quantizers, group.served, strict=True):
+            site = None
+            if prologue is not None:
+                site = self._with_prologue(prologue, value, quantizer, claimed, alone=len(group.quantizers) == 1)
+                prologue = None
+            site = site or self._bare(value, quantizer)
+            if site is not None:
+                site.shared_by = served
+                site = self._with_layout(site, claimed | {self.values.core(n) for n in site.nodes})
+                site.location = location(*site.nodes[1:], site.codes)
+                sites.append(site)
+        return sites
+
+    def _prologue(self, value: fx.Node, group: _Group) -> NormSite | ActivationSite | None:
+        """The norm or activation that computes value, if one does and every quantizer's rows divide its rows."""
+        failures: list[Failure] = []
+        for recognise in (
+            lambda search: recognise_norm(value, search, _device(value)),
+            lambda search: recognise_activation(value, search),
+        ):
+            search = Search(self.values)
+            site = recognise(search)
+            if site is not None:
+                if site.size % group.quantizers[0].group == 0 and _contiguous(value):
+                    return site  # type: ignore[no-any-return]
+                self._refuse("prologue", f"groups of {group.quantizers[0].group} do not divide rows of {site.size}", value)
+                return None
+            if search.failure is not None:
+                failures.append(search.failure)
+        deepest = max(failures, key=lambda f: f.depth, default=None)
+        if deepest is not None and deepest.depth >= _NEAR_MISS:
+            self._miss("prologue", deepest, value)
+        return None
+
+    def _with_prologue(
+        self,
+        prologue: NormSite | ActivationSite,
+        value: fx.Node,
+        quantizer: QuantizerSite,
+        claimed: set[fx.Node],
+        alone: bool,
+    ) -> FusedSite | None:
+        claimed = claimed | {self.values.core(n) for n in prologue.nodes}
+        spec = prologue.spec
+        x, other, weight, summed = self._inputs(prologue)
+        sum_output = None
+        if summed is not None and not self._feeds_only(summed, claimed):
+            sum_output, summed = self._sum_output(summed, claimed)
+        else:
+            summed = None
+        value_needed = not alone or not self._feeds_only(value, claimed)
+        if isinstance(prologue, NormSite) and prologue.residual is not None and other is None:
+            spec = dataclasses.replace(prologue.spec, residual_sum=None)
+        fused = FusedSpec(
+            spec,
+            _over_rows(quantizer, prologue.size),
+            sum_output=sum_output,
+            value_output=dtype(value) if value_needed else None,
+        )
+        site = FusedSite(
+            spec=fused,
+            x=x,
+            other=other,
+            weight=weight,
+            row=prologue.size,
+            codes=quantizer.codes,
+            scale=quantizer.scale,
+            nodes=(*quantizer.nodes, *prologue.nodes),
+            sum=summed,
+            value=value if value_needed else None,
+            shape=shape(value),
+        )
+        if not self._acyclic(site):
+            self._refuse("prologue", "an input of the norm is computed from its residual sum", value)
+            return None
+        self.produced |= {v for v in (site.sum, site.value) if v is not None}
+        site.outputs += tuple(n for n in ("sum", "value") if getattr(site, n) is not None)
+        return site
+
+    def _inputs(
+        self, prologue: NormSite | ActivationSite
+    ) -> tuple[fx.Node, fx.Node | None, fx.Node | None, fx.Node | None]:
+        row = prologue.size
+        if isinstance(prologue, ActivationSite):
+            return self._input(prologue.gate, row), self._input(prologue.up, row), None, None
+        weight = None if prologue.weight is None else self._input(prologue.weight, row)
+        if prologue.residual is None or prologue.sum is None:
+            return self._input(prologue.x, row), None, weight, None
+        if prologue.sum in self.produced:
+            # Another site already adds and returns this sum.
+            return self._input(prologue.sum, row), None, weight, None
+        return self._input(prologue.x, row), self._input(prologue.residual, row), weight, prologue.sum
+
+    def _input(self, node: fx.Node, row: int) -> fx.Node:
+        """The deepest presentation of node's value that still has its dtype and rows of ``row`` values."""
+        core = self.values.core(node)
+        chain = [n for n in self.values.chain(node) if dtype(n) == dtype(core) and _rows(n, row)]
+        return chain[-1] if chain else core
+
+    def _bare(self, value: fx.Node, quantizer: QuantizerSite) -> FusedSite | None:
+        used = [n for n in self.values.chain(quantizer.x_used) if dtype(n) == dtype(value)]
+        divisible = [n for n in used if isinstance(shape(n)[-1], int) and shape(n)[-1] % quantizer.group == 0]
+        x = divisible[-1] if divisible else value
+        row = shape(x)[-1] if divisible else quantizer.group
+        return FusedSite(
+            spec=FusedSpec(NoPrologue(), _over_rows(quantizer, row)),
+            x=x,
+            other=None,
+            weight=None,
+            row=row,
+            codes=quantizer.codes,
+            scale=quantizer.scale,
+            nodes=quantizer.nodes,
+            shape=shape(x),
+        )
+
+    def _with_layout(self, site: FusedSite, claimed: set[fx.Node]) -> FusedSite:
+        group = site.quantizer.group
+        if group is None:
+            return site
+        outside = self._outside_uses(site.scale, claimed)
+        copies = column_copies(outside, site.row // group)
+        if copies:
+            site.spec = dataclasses.replace(site.spec, layout=ScaleLayout.COLUMN)
+            site.scale_copies = copies
+        return site
+
+    def _sum_output(self, summed: fx.Node, claimed: set[fx.Node]) -> tuple[torch.dtype, fx.Node]:
+        """The dtype in which the sum is read outside, and the value read: often only its rounding to bf16 is."""
+        outside = {user for _, user in self._outside_uses(summed, claimed)}
+        casts = {self.values.core(user) for user in outside if cast_dtype(user) in FLOATS}
+        if len(casts) == 1 and all(self.values.core(user) in casts for user in outside):
+            cast = casts.pop()
+            return dtype(cast), cast  # type: ignore[return-value]
+        return dtype(summed), summed  # type: ignore[return-value]
+
+    def _feeds_only(self, core: fx.Node, claimed: set[fx.Node]) -> bool:
+        return not self._outside_uses(core, claimed)
+
+    def _outside_uses(self, core: fx.Node, claimed: set[fx.Node]) -> list[tuple[fx.Node, fx.Node]]:
+        """(presentation, user) for every use of core's value, through views and casts, by an operation not claimed."""
+        uses, pending = [], list(self.values.origins(core))
+        while pending:
+            node = pending.pop()
+            for user in node.users:
+                if self.values.is_transparent(user) and self.values.core(user) is core:
+                    pending.append(user)
+                elif self.values.core(user) not in claimed:
+                    uses.append((node, user))
+        return uses
+
+    def _acyclic(self, site: FusedSite) -> bool:
+        """Whether every input comes before every value the op would produce."""
+        inputs = [n for n in (site.x, site.other, site.weight) if n is not None]
+        outputs = {o for v in (site.sum, site.value) if v is not None for o in self.values.origins(v)}
+        first = min((self.order[o] for o in outputs), default=len(self.order))
+        return not any(_depends_on(n, outputs, self.order, first) for n in inputs if self.order[n] > first)
+
+    def _miss(self, kind: str, failure: Failure | None, node: fx.Node) -> None:
+        if failure is None:
+            self._refuse(kind, "no rule applies", node)
+        else:
+            reason = f"expected {failure.expected}, found {failure.seen}"
+            self.report.missed.append(Miss(kind, reason, failure.node.name, location(failure.node, node)))
+
+    def _refuse(self, kind: str, reason: str, node: fx.Node) -> None:
+        self.report.missed.append(Miss(kind, reason, f"{node.name}: {describe(node)}", location(node)))
+
+
+def _device(node: fx.Node) -> str:
+    value = tensor(node)
+    assert value is not None
+    return str(value.device.type)
+
+
+def _contiguous(*nodes: fx.Node) -> bool:
+    """Fused ops return contiguous tensors; a consumer that relies on other strides must keep its producer."""
+    return all(value.is_contiguous() for value in map(tensor, nodes) if value is not None)
+
+
+def _rows(node: fx.Node, row: int) -> bool:
+    return len(shape(node)) > 0 and same_size(shape(node)[-1], row)
+
+
+def _over_rows(quantizer: QuantizerSite, row: int) -> Any:
+    """The quantizer over rows of ``row`` values: groups as long as a row are per token."""
+    group = None if quantizer.group == row else quantizer.group
+    return dataclasses.replace(quantizer.spec, group=group)
+
+
+def _depends_on(node: fx.Node, targets: set[fx.Node], order: dict[fx.Node, int], first: int) -> bool:
+    seen: set[fx.Node] = set()
+    pending: list[fx.Node] = [node]
+    while pending:
+        current = pending.pop()
+        if current in targets:
+            return True
+        upstream: Iterable[fx.Node] = current.all_input_nodes
+        for source in upstream:
+            if source not in seen and order[source] >= first:
+                seen.add(source)
+                pending.append(source)
+    return False

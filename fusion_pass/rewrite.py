@@ -1,0 +1,121 @@
+"""Rewrite: put one fused op in the place of each planned site."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import fx
+
+from . import inductor, ops
+from .patterns.values import Values, aten, cast_dtype, dtype, same_shape, same_size, shape, tensor
+from .sites import FusedSite
+from .specs import NoPrologue, RMSNorm
+
+
+def rewrite(graph: fx.Graph, sites: Iterable[FusedSite]) -> None:
+    """Insert the ops of ``sites``, give their outputs to the users of the values they replace, and drop what is dead."""
+    editor = _Editor(graph)
+    for site in sites:
+        editor.insert(site)
+    inductor.sort_topologically(graph)
+    graph.eliminate_dead_code()
+    graph.lint()
+
+
+class _Editor:
+    def __init__(self, graph: fx.Graph) -> None:
+        self.graph = graph
+        self.values = Values(graph)
+        self.order = {node: i for i, node in enumerate(graph.nodes)}
+        # Nodes that an earlier site replaced, where a later site's inputs may still name them.
+        self.replaced: dict[fx.Node, fx.Node] = {}
+
+    def insert(self, site: FusedSite) -> None:
+        inputs = [self._resolve(n) for n in (site.x, site.other, site.weight) if n is not None]
+        # After the last input; the sort that follows moves users behind it.
+        after = max(inputs, key=lambda n: self.order[n])
+        self.cursor = after
+        x, *others = [self._with_rows(n, site.row) for n in inputs]
+        site.op = self._call(ops.OPS[type(site.prologue)], (x, *self._others(site, others), site.spec.encode()))
+        site.op.meta["stack_trace"] = next((n.meta["stack_trace"] for n in site.nodes if n.meta.get("stack_trace")), None)
+        outputs = [self._call(operator.getitem, (site.op, i)) for i in range(len(site.op.meta["val"]))]
+        codes, scale, *extras = outputs
+        self._replace(self.values.origins(site.codes), codes)
+        if site.scale_copies:
+            self._replace(site.scale_copies, scale)
+        else:
+            self._replace_scale(site, scale)
+        for value, output in zip((v for v in (site.sum, site.value) if v is not None), extras, strict=True):
+            self._replace(self.values.origins(value), output)
+
+    def _others(self, site: FusedSite, nodes: list[fx.Node]) -> tuple[fx.Node | None, ...]:
+        if isinstance(site.prologue, NoPrologue):
+            return ()
+        if not isinstance(site.prologue, RMSNorm):
+            return tuple(nodes)
+        remaining = iter(nodes)
+        return tuple(None if n is None else next(remaining) for n in (site.other, site.weight))
+
+    def _resolve(self, node: fx.Node) -> fx.Node:
+        while node in self.replaced:
+            node = self.replaced[node]
+        return node
+
+    def _with_rows(self, node: fx.Node, row: int) -> fx.Node:
+        """node, presented with rows of ``row`` values."""
+        sizes = shape(node)
+        if sizes and same_size(sizes[-1], row):
+            return node
+        return self._call(aten.reshape.default, (node, [-1, row]))
+
+    def _replace_scale(self, site: FusedSite, scale: fx.Node) -> None:
+        """Ops return f32 scales; a scale the graph computed in bf16 is cast back for those who read it as such."""
+        for origin in self.values.origins(site.scale):
+            if dtype(origin) == dtype(scale):
+                self._replace([origin], scale)
+                continue
+            widened = [u for u in origin.users if cast_dtype(u) == dtype(scale) and self.values.is_transparent(u)]
+            self._replace(widened, scale)
+            self._replace([origin], self._call(torch.ops.prims.convert_element_type.default, (scale, dtype(origin))))
+
+    def _replace(self, nodes: Iterable[fx.Node], output: fx.Node) -> None:
+        for node in nodes:
+            if not node.users:
+                continue
+            view = output
+            if not same_shape(shape(output), shape(node)):
+                view = self._call(aten.reshape.default, (output, list(self._sizes(node))))
+            node.replace_all_uses_with(view)
+            self.replaced[node] = view
+
+    def _sizes(self, node: fx.Node) -> list[Any]:
+        """node's sizes as arguments of a view: at most one may be symbolic and is inferred, more are read from the node."""
+        sizes = shape(node)
+        symbolic = [i for i, s in enumerate(sizes) if isinstance(s, torch.SymInt)]
+        if len(symbolic) <= 1:
+            return [-1 if i in symbolic else s for i, s in enumerate(sizes)]
+        return [self._size_of(node, i) if i in symbolic else s for i, s in enumerate(sizes)]
+
+    def _size_of(self, node: fx.Node, dim: int) -> fx.Node:
+        """A node for one symbolic size: of an input or output of the op, never of the node that goes away."""
+        for candidate in reversed(list(self.order)):
+            value = tensor(candidate)
+            if value is None or candidate is node or self.order[candidate] > self.order[self.cursor]:
+                continue
+            for i, size in enumerate(value.shape):
+                if same_size(size, shape(node)[dim]) and not self.values.is_transparent(candidate):
+                    return self._call(aten.sym_size.int, (candidate, i))
+        raise RuntimeError(f"no tensor has the symbolic size {shape(node)[dim]} of {node.name}")
+
+    def _call(self, target: Any, args: tuple[Any, ...]) -> fx.Node:
+        with self.graph.inserting_after(self.cursor):
+            node = self.graph.call_function(target, args)
+        values = fx.node.map_arg(args, lambda n: n.meta["val"])
+        with inductor.fake_mode_of(self.graph):
+            node.meta["val"] = target(*values)
+        self.order[node] = self.order[self.cursor]
+        self.cursor = node
+        return node

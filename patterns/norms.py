@@ -1,0 +1,109 @@
+"""RMSNorm, as it is spelled: x * rsqrt(mean(x * x) + eps) * weight, with and without a residual added first."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import fx
+
+from fusion_pass.specs import Mean, RMSNorm, Weight
+
+from .grammar import (
+    ADD,
+    DIV,
+    MUL,
+    POW,
+    Match,
+    Search,
+    either,
+    elementwise,
+    equal,
+    number,
+    op,
+    per_column,
+    per_row,
+    reduce_rows,
+    value,
+)
+from .values import aten, dtype, shape
+
+_x = value("x")
+_square = either(op(POW, _x, equal(2)), op(MUL, _x, _x, shapes=elementwise))
+_mean_square = either(
+    reduce_rows((aten.mean.dim,), _square, size="n"),
+    op(DIV, reduce_rows((aten.sum.dim_IntList,), _square, size="n"), number("count")),
+)
+_inverse_rms = op((aten.rsqrt.default,), op(ADD, _mean_square, number("eps"), commutative=True))
+
+
+def _normalized(rounding: str):  # type: ignore[no-untyped-def]
+    return op(MUL, _x, _inverse_rms, rounding=rounding, commutative=True, shapes=per_row)
+
+
+# x̂ rounds to `normalized` before the weight, the product to `product`.
+rms_norm = either(
+    op(MUL, _normalized("normalized"), value("weight"), rounding="product", commutative=True, shapes=per_column),
+    _normalized("product"),
+)
+
+residual_sum = op(ADD, value("a"), value("b"), rounding="sum_rounding", shapes=elementwise)
+
+
+@dataclass(frozen=True)
+class NormSite:
+    """A recognised RMSNorm: the spec, and the nodes its kernel reads and could also write."""
+
+    spec: RMSNorm
+    x: fx.Node
+    residual: fx.Node | None
+    weight: fx.Node | None
+    sum: fx.Node | None
+    size: int
+    nodes: tuple[fx.Node, ...]
+
+
+def recognise_norm(node: fx.Node, search: Search, device_type: str) -> NormSite | None:
+    """The RMSNorm whose result node is, or None with the reason in ``search.failure``."""
+    for match in rms_norm(node, Match(), search):
+        site = _describe(match, search, device_type)
+        if site is not None:
+            return site
+    return None
+
+
+def _describe(match: Match, search: Search, device_type: str) -> NormSite | None:
+    size = match["n"]
+    if not isinstance(size, int):
+        search.fail(match["x"], match, "rows of a static length", f"rows of {size} values")
+        return None
+    if match.get("count", float(size)) != size:
+        search.fail(match["x"], match, f"a mean over all {size} values", f"a sum over {match['count']:g}")
+        return None
+    weight = match.get("weight")
+    if weight is not None and shape(weight)[-1] != size:
+        search.fail(weight, match, f"a weight of {size} values")
+        return None
+    # Eager CPU divides by the number of values; eager CUDA multiplies by its reciprocal.
+    norm = RMSNorm(
+        eps=match["eps"],
+        weight=Weight.NONE if weight is None else Weight.PLAIN,
+        mean=Mean.DIVIDE if device_type == "cpu" else Mean.RECIPROCAL,
+        normalized=match.get("normalized", torch.float32),
+        product=match["product"],
+    )
+    x = match["x_used"]
+    added = _residual(x, match, search)
+    if added is None:
+        return NormSite(norm, x, None, match.get("weight_used"), None, size, match.nodes)
+    spec = RMSNorm(**{**vars(norm), "residual_sum": added["sum_rounding"]})
+    nodes = (*match.nodes, *added.nodes)
+    return NormSite(spec, added["a_used"], added["b_used"], match.get("weight_used"), match["x"], size, nodes)
+
+
+def _residual(x: fx.Node, match: Match, search: Search) -> Match | None:
+    """x as a sum of two tensors of its shape, if it is one; a f32 sum of low-precision tensors counts as unrounded."""
+    for added in residual_sum(x, Match(), Search(search.values)):
+        if dtype(added["a"]) == dtype(added["b"]) and added["a"] is not added["b"]:
+            return added
+    return None
