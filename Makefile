@@ -8,7 +8,7 @@ READY := $(VENV)/.ready
 .PHONY: demo test check format types lint clean
 
 demo: $(READY)
-	$(BIN)/python -m fusion_pass.demo
+	$(BIN)/python examples/llama_fp8.py
 
 test: $(READY)
 	$(BIN)/python -m pytest

@@ -6,7 +6,8 @@ What each needs of a torch version is said here, so that a new release is checke
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
+from functools import cache
 from typing import Any
 
 import torch
@@ -24,6 +25,7 @@ __all__ = [
     "add_pass",
     "compile_without_joint_passes",
     "fake_mode_of",
+    "functional_launch",
     "remove_pass",
     "sort_topologically",
 ]
@@ -95,12 +97,6 @@ def fake_mode_of(graph: fx.Graph) -> FakeTensorMode | contextlib.AbstractContext
     return contextlib.nullcontext()
 
 
-@contextlib.contextmanager
-def patched(**values: Any) -> Iterator[None]:
-    with config.patch(values):
-        yield
-
-
 def compile_without_joint_passes(
     gm: fx.GraphModule, inputs: Sequence[Any], compiler: Callable[[fx.GraphModule, Sequence[Any]], Callable[..., Any]]
 ) -> Callable[..., Any]:
@@ -115,3 +111,48 @@ def compile_without_joint_passes(
 
     backend = aot_autograd(fw_compiler=boxed, bw_compiler=boxed, inference_compiler=boxed, decompositions=select_decomp_table)
     return backend(gm, inputs)  # type: ignore[no-any-return]
+
+
+class _Recorder:
+    """Stands for a Triton kernel while a launch is traced: keeps the grid, the options and the arguments."""
+
+    def __init__(self, kernel: Any, launches: list[tuple[Any, Any, dict[str, Any]]]) -> None:
+        self.kernel = kernel
+        self.launches = launches
+
+    def __getitem__(self, grid: Any) -> Callable[..., None]:
+        return lambda **arguments: self.launches.append((self.kernel, grid, arguments))
+
+
+def functional_launch(launch: Callable[[Callable[[Any], Any]], list[torch.Tensor]]) -> list[torch.Tensor]:
+    """Run ``launch(wrap)`` under make_fx, so that its kernels become functional nodes; the outputs are those nodes'.
+
+    ``launch`` allocates its outputs itself and returns them. ``torch.library.wrap_triton`` would have Inductor compile
+    the kernel once more to find out what it writes; a fused kernel writes exactly the outputs that were allocated for it.
+    """
+    from torch._higher_order_ops.triton_kernel_wrap import kernel_side_table, triton_kernel_wrapper_functional
+
+    launches: list[tuple[Any, Any, dict[str, Any]]] = []
+    outputs = launch(lambda kernel: _Recorder(kernel, launches))
+    for kernel, grid, arguments in launches:
+        options = {name: arguments.pop(name) for name in ("num_warps", "num_stages") if name in arguments}
+        written = {name: i for name, v in arguments.items() for i, o in enumerate(outputs) if v is o}
+        results = triton_kernel_wrapper_functional(
+            kernel_idx=kernel_side_table.add_kernel(_with_options(kernel, **options)),
+            constant_args_idx=kernel_side_table.add_constant_args({}),
+            grid=[tuple(grid)],
+            tma_descriptor_metadata={},
+            kwargs=arguments,
+            tensors_to_clone=list(written),
+        )
+        for name, i in written.items():
+            outputs[i] = results[name]
+    return outputs
+
+
+@cache
+def _with_options(kernel: Any, **options: int) -> Any:
+    """The kernel in the form in which Inductor takes launch options: autotuned over a single configuration."""
+    import triton
+
+    return triton.autotune(configs=[triton.Config({}, **options)], key=[])(kernel)

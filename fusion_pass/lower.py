@@ -1,0 +1,107 @@
+"""Lower: on a GPU, turn each fused op into the node Inductor has for a user's own Triton kernel.
+
+An op left in the graph costs a Python dispatcher call at run time. As a kernel node, its launch is generated code, its
+buffers are planned with all others, and CUDA graphs, the C++ wrapper and ahead-of-time compilation apply.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import fx
+
+from . import inductor
+from .kernels.launch import launch
+from .patterns.values import aten, prims, tensor
+from .sites import FusedSite
+from .specs import FusedSpec
+
+_KERNEL_DEVICES = ("cuda",)
+
+
+def lower(graph: fx.Graph, sites: Sequence[FusedSite]) -> None:
+    """Replace the fused ops of ``sites`` that are on a GPU by the launches of their kernels."""
+    # Most sites of a model repeat those of its first layers: trace each distinct launch once.
+    traced: dict[Any, fx.GraphModule] = {}
+    lowered = False
+    for site in sites:
+        if site.op is None or site.op.graph is not graph or not _on_gpu(site.op):
+            continue
+        inputs = _tensor_inputs(site.op)
+        key = (site.spec, tuple(_meta(n) for n in inputs))
+        if key not in traced:
+            traced[key] = _trace(graph, site.spec, inputs)
+        _splice(graph, site.op, inputs, traced[key])
+        lowered = True
+    if lowered:
+        graph.eliminate_dead_code()
+        graph.lint()
+
+
+def _on_gpu(op: fx.Node) -> bool:
+    return all(value.device.type in _KERNEL_DEVICES for value in map(tensor, op.all_input_nodes) if value is not None)
+
+
+def _tensor_inputs(op: fx.Node) -> tuple[fx.Node | None, ...]:
+    """The op's arguments before its spec; an absent tensor is None."""
+    return tuple(op.args[:-1])  # type: ignore[arg-type]
+
+
+def _meta(node: fx.Node | None) -> Any:
+    value = None if node is None else tensor(node)
+    if value is None:
+        return None
+    return (value.dtype, value.device, *map(str, value.shape), "strides", *map(str, value.stride()))
+
+
+def _trace(graph: fx.Graph, spec: FusedSpec, inputs: Sequence[fx.Node | None]) -> fx.GraphModule:
+    """The launch as a graph of allocations and functional kernel nodes, over the inputs that are present."""
+    from torch.fx.experimental.proxy_tensor import make_fx
+
+    values = [n.meta["val"] for n in inputs if n is not None]
+
+    def run(*present: torch.Tensor) -> list[torch.Tensor]:
+        remaining = iter(present)
+        x, *others = [None if n is None else next(remaining) for n in inputs]
+        assert x is not None
+        other, weight = (*others, None, None)[:2]
+        return inductor.functional_launch(lambda wrap: launch(spec, x, other, weight, wrap=wrap))
+
+    with inductor.fake_mode_of(graph):
+        module = make_fx(run)(*values)
+    module.graph.eliminate_dead_code()
+    return module  # type: ignore[no-any-return]
+
+
+def _splice(graph: fx.Graph, op: fx.Node, inputs: Sequence[fx.Node | None], module: fx.GraphModule) -> None:
+    """Copy the traced graph before op and hand its outputs to those of op."""
+    copies: dict[fx.Node, Any] = {}
+    remaining = iter(n for n in inputs if n is not None)
+    outputs: Sequence[Any] = ()
+    for node in module.graph.nodes:
+        if node.op == "placeholder":
+            copies[node] = next(remaining)
+        elif node.op == "output":
+            outputs = [copies[n] for n in node.args[0]]
+        else:
+            with graph.inserting_before(op):
+                copy = graph.node_copy(node, copies.__getitem__)
+            _spell_for_inductor(copy)
+            copy.meta["stack_trace"] = op.meta.get("stack_trace")
+            copies[node] = copy
+    for getter in list(op.users):
+        getter.replace_all_uses_with(outputs[getter.args[1]])  # type: ignore[index]
+        graph.erase_node(getter)
+    graph.erase_node(op)
+
+
+def _spell_for_inductor(node: fx.Node) -> None:
+    """After Inductor's decompositions there are no implicit casts, and allocations say their layout."""
+    if node.target is aten._to_copy.default and set(node.kwargs) == {"dtype"}:
+        node.target, node.args, node.kwargs = (
+            prims.convert_element_type.default,
+            (node.args[0], node.kwargs["dtype"]),
+            {},
+        )
