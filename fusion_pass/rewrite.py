@@ -10,7 +10,7 @@ import torch
 from torch import fx
 
 from . import inductor, ops
-from .patterns.values import Values, aten, cast_dtype, dtype, same_shape, same_size, shape, tensor
+from .patterns.values import Values, aten, dtype, same_shape, same_size, shape, tensor
 from .sites import FusedSite
 from .specs import NoPrologue, RMSNorm
 
@@ -77,9 +77,17 @@ class _Editor:
             if dtype(origin) == dtype(scale):
                 self._replace([origin], scale)
                 continue
-            widened = [u for u in origin.users if cast_dtype(u) == dtype(scale) and self.values.is_transparent(u)]
-            self._replace(widened, scale)
+            self._replace(self._widened(origin, dtype(scale)), scale)
             self._replace([origin], self._call(torch.ops.prims.convert_element_type.default, (scale, dtype(origin))))
+
+    def _widened(self, origin: fx.Node, wanted: torch.dtype | None) -> list[fx.Node]:
+        """The exact casts of origin's value to ``wanted``, behind any views."""
+        found, pending = [], [origin]
+        while pending:
+            for user in pending.pop().users:
+                if self.values.is_transparent(user):
+                    (found if dtype(user) == wanted else pending).append(user)
+        return found
 
     def _replace(self, nodes: Iterable[fx.Node], output: fx.Node) -> None:
         for node in nodes:
