@@ -51,6 +51,13 @@ if INTERPRETED:
     def divide(y, s):
         return tl.math.div_rn(y, s)
 
+    def times(x, y):
+        return x * y
+
+    def sum_of_squares(x, GROUP, N):
+        rows = _to_torch(x)[:, :, : int(GROUP)].flatten(1)[:, : int(N)]
+        return _from_torch(rows.square().sum(1)[:, None, None], tl.float32)
+
 else:
 
     @triton.jit
@@ -64,6 +71,17 @@ else:
         return tl.math.div_rn(x, 1.0 + libdevice.exp(-x))
 
     @triton.jit
+    def times(x, y):
+        """The rounded product, which no later addition is contracted with."""
+        return libdevice.mul_rn(x, y)
+
+    @triton.jit
+    def sum_of_squares(x, GROUP: tl.constexpr, N: tl.constexpr):
+        """The sum of squares of each row of a (rows, groups, lanes) tile whose lanes beyond the row are zero."""
+        squares = tl.reshape(x * x, (x.shape[0], x.shape[1] * x.shape[2]))
+        return tl.sum(squares, 1)[:, None, None]
+
+    @triton.jit
     def divide(y, s):
         """The correctly rounded y / s, for |y| not far above s's range of codes; s broadcasts against y.
 
@@ -72,14 +90,16 @@ else:
         zero, infinite and NaN scales take the division instruction. The residual is formed as q*s - y so that a zero
         quotient keeps the sign of y.
         """
-        r = tl.math.div_rn(1.0, s)
+        r = tl.math.div_rn(tl.full(s.shape, 1.0, tl.float32), s)
         ordinary = (s >= 7.888609052210118e-31) & (s <= 1.2676506002282294e30)
+        wide_s = tl.broadcast_to(s, y.shape)
+        wide_r = tl.broadcast_to(r, y.shape)
         if tl.min(tl.ravel(ordinary.to(tl.int32)), 0) == 1:
-            q = y * r
-            excess = tl.fma(q, tl.broadcast_to(s, y.shape), -y)
-            q = tl.fma(-excess, tl.broadcast_to(r, y.shape), q)
+            q = times(y, wide_r)
+            excess = tl.fma(q, wide_s, -y)
+            q = tl.fma(-excess, wide_r, q)
         else:
-            q = tl.math.div_rn(y, tl.broadcast_to(s, y.shape))
+            q = tl.math.div_rn(y, wide_s)
         return q
 
 
@@ -115,14 +135,15 @@ def dequantization_scale(
     AMAX_FLOOR: tl.constexpr,
     SCALE_FLOOR: tl.constexpr,
     DIVISOR: tl.constexpr,
-    MULTIPLIER: tl.constexpr,
+    RECIPROCAL: tl.constexpr,
     SCALE_ROUNDING: tl.constexpr,
 ):
-    """The scale from amax: divided by DIVISOR, or times MULTIPLIER (its f32 reciprocal) if that is not None."""
+    """The scale from amax: divided by DIVISOR, or with RECIPROCAL times its f32 reciprocal."""
     if AMAX_FLOOR is not None:
         peak = at_least(peak, AMAX_FLOOR)
-    if MULTIPLIER is not None:
-        scale = peak * MULTIPLIER
+    if RECIPROCAL:
+        # Eager CUDA divides by a Python scalar so.
+        scale = peak * tl.math.div_rn(tl.full(peak.shape, 1.0, tl.float32), tl.full(peak.shape, DIVISOR, tl.float32))
     else:
         scale = tl.math.div_rn(peak, tl.full(peak.shape, DIVISOR, tl.float32))
     scale = round_to(scale, SCALE_ROUNDING)
@@ -137,7 +158,7 @@ def codes(y, scale, CLAMP: tl.constexpr, EXACT_QUOTIENT: tl.constexpr, dtype: tl
     if EXACT_QUOTIENT:
         q = divide(y, scale)
     else:
-        q = y * tl.math.div_rn(1.0, scale)
+        q = y * tl.math.div_rn(tl.full(scale.shape, 1.0, tl.float32), scale)
     if CLAMP is not None:
         q = tl.clamp(q, -CLAMP, CLAMP, propagate_nan=tl.PropagateNan.ALL)
     return cast(q, dtype)

@@ -1,0 +1,132 @@
+"""The kernel: prologue, quantizer and scale layout in one read of the input and one write of the codes."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from .arithmetic import amax, cast, codes, dequantization_scale, round_to, silu, sum_of_squares, times
+
+
+@triton.jit
+def load(ptr, offsets, mask):
+    return cast(tl.load(ptr + offsets, mask, other=0.0), tl.float32)
+
+
+@triton.jit
+def rms_norm(
+    x,
+    weight_ptr,
+    columns,
+    inside,
+    M,
+    N: tl.constexpr,
+    GROUP: tl.constexpr,
+    HAS_WEIGHT: tl.constexpr,
+    DIVIDE_MEAN: tl.constexpr,
+    EPS: tl.constexpr,
+    INNER_ROUNDING: tl.constexpr,
+    PRODUCT_ROUNDING: tl.constexpr,
+):
+    """x * rsqrt(mean(x^2) + eps) * weight, rounded where the spec says, for a (rows, groups, lanes) tile of whole rows."""
+    squares = sum_of_squares(x, GROUP, N)
+    if DIVIDE_MEAN:
+        mean = tl.math.div_rn(squares, tl.full(squares.shape, N, tl.float32))
+    else:
+        # ATen's mean on CUDA multiplies by float(outputs) / float(elements).
+        outputs = tl.full(squares.shape, M, tl.int64)
+        mean = times(squares, tl.math.div_rn(outputs.to(tl.float32), (outputs * N).to(tl.float32)))
+    x = round_to(x * tl.math.rsqrt(mean + EPS), INNER_ROUNDING)
+    if HAS_WEIGHT:
+        x = round_to(x * load(weight_ptr, columns, inside), PRODUCT_ROUNDING)
+    else:
+        x = round_to(x, PRODUCT_ROUNDING)
+    return x
+
+
+@triton.jit
+def fused_quant_kernel(
+    x_ptr,
+    other_ptr,
+    weight_ptr,
+    code_ptr,
+    scale_ptr,
+    sum_ptr,
+    value_ptr,
+    M,
+    scale_rows,
+    x_stride,
+    other_stride,
+    N: tl.constexpr,
+    GROUP: tl.constexpr,
+    ROWS: tl.constexpr,
+    GROUPS: tl.constexpr,
+    LANES: tl.constexpr,
+    PROLOGUE: tl.constexpr,
+    HAS_OTHER: tl.constexpr,
+    HAS_WEIGHT: tl.constexpr,
+    HAS_SUM: tl.constexpr,
+    HAS_VALUE: tl.constexpr,
+    EPS: tl.constexpr,
+    DIVIDE_MEAN: tl.constexpr,
+    SUM_ROUNDING: tl.constexpr,
+    INNER_ROUNDING: tl.constexpr,
+    PRODUCT_ROUNDING: tl.constexpr,
+    AMAX_FLOOR: tl.constexpr,
+    SCALE_FLOOR: tl.constexpr,
+    DIVISOR: tl.constexpr,
+    RECIPROCAL: tl.constexpr,
+    SCALE_ROUNDING: tl.constexpr,
+    EXACT_QUOTIENT: tl.constexpr,
+    CLAMP: tl.constexpr,
+    COLUMN_SCALES: tl.constexpr,
+):
+    """One program: a tile of ROWS rows x GROUPS groups x LANES >= GROUP values; a norm needs tiles of whole rows.
+
+    x and other: (M, N), rows at ``x_stride`` and ``other_stride``; other is a norm's residual or an activation's up half.
+    weight: (N,). code, sum, value: (M, N) contiguous. scale: (M, N // GROUP) f32, or with COLUMN_SCALES consecutive
+    (N // GROUP, scale_rows) matrices, each for ``scale_rows`` rows. Absent tensors are any pointer, with their flag false.
+    """
+    rows = (tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS))[:, None, None]
+    groups = (tl.program_id(1) * GROUPS + tl.arange(0, GROUPS))[None, :, None]
+    lanes = tl.arange(0, LANES)[None, None, :]
+    columns = groups * GROUP + lanes
+    inside = (lanes < GROUP) & (columns < N)
+    mask = (rows < M) & inside
+    out = rows * N + columns
+
+    x = load(x_ptr, rows * x_stride + columns, mask)
+    if PROLOGUE == "norm":
+        if HAS_OTHER:
+            x += load(other_ptr, rows * other_stride + columns, mask)
+            if HAS_SUM:
+                tl.store(sum_ptr + out, cast(x, sum_ptr.dtype.element_ty), mask)
+            x = round_to(x, SUM_ROUNDING)
+        x = rms_norm(
+            x,
+            weight_ptr,
+            columns,
+            inside,
+            M,
+            N,
+            GROUP,
+            HAS_WEIGHT,
+            DIVIDE_MEAN,
+            EPS,
+            INNER_ROUNDING,
+            PRODUCT_ROUNDING,
+        )
+    if PROLOGUE == "silu_mul":
+        up = load(other_ptr, rows * other_stride + columns, mask)
+        x = round_to(round_to(silu(x), INNER_ROUNDING) * up, PRODUCT_ROUNDING)
+    if HAS_VALUE:
+        tl.store(value_ptr + out, cast(x, value_ptr.dtype.element_ty), mask)
+
+    scale = dequantization_scale(amax(x, 2), AMAX_FLOOR, SCALE_FLOOR, DIVISOR, RECIPROCAL, SCALE_ROUNDING)
+    tl.store(code_ptr + out, codes(x, scale, CLAMP, EXACT_QUOTIENT, code_ptr.dtype.element_ty), mask)
+    if COLUMN_SCALES:
+        matrix = rows // scale_rows
+        at = (matrix * (N // GROUP) + groups) * scale_rows + (rows - matrix * scale_rows)
+    else:
+        at = rows * (N // GROUP) + groups
+    tl.store(scale_ptr + at, scale, (rows < M) & (groups < N // GROUP))
