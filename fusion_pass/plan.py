@@ -19,7 +19,7 @@ from .patterns.grammar import Failure, Search, describe
 from .patterns.layouts import column_copies
 from .patterns.norms import NormSite, recognise_norm
 from .patterns.quantizers import QuantizerSite, quantizing_cast, recognise_quantizer
-from .patterns.values import FLOATS, Values, cast_dtype, dtype, same_size, shape, tensor
+from .patterns.values import FLOATS, Values, cast_dtype, dtype, same_shape, shape, tensor
 from .sites import FusedSite, Miss, Report, location
 from .specs import FusedSpec, NoPrologue, ScaleLayout
 
@@ -179,22 +179,25 @@ class _Planner:
     def _inputs(
         self, prologue: NormSite | ActivationSite
     ) -> tuple[fx.Node, fx.Node | None, fx.Node | None, fx.Node | None]:
-        row = prologue.size
+        """x, other and weight as the op reads them, and the sum it adds up, if it does."""
         if isinstance(prologue, ActivationSite):
-            return self._input(prologue.gate, row), self._input(prologue.up, row), None, None
-        weight = None if prologue.weight is None else self._input(prologue.weight, row)
+            wanted = shape(prologue.gate)
+            return self._input(prologue.gate, wanted), self._input(prologue.up, wanted), None, None
+        wanted = shape(prologue.x)
+        weight = None if prologue.weight is None else self._input(prologue.weight, (prologue.size,))
         if prologue.residual is None or prologue.sum is None:
-            return self._input(prologue.x, row), None, weight, None
+            return self._input(prologue.x, wanted), None, weight, None
         if prologue.sum in self.produced:
             # Another site already adds and returns this sum.
-            return self._input(prologue.sum, row), None, weight, None
-        return self._input(prologue.x, row), self._input(prologue.residual, row), weight, prologue.sum
+            return self._input(prologue.sum, wanted), None, weight, None
+        return self._input(prologue.x, wanted), self._input(prologue.residual, wanted), weight, prologue.sum
 
-    def _input(self, node: fx.Node, row: int) -> fx.Node:
-        """The deepest presentation of node's value that still has its dtype and rows of ``row`` values."""
+    def _input(self, node: fx.Node, wanted: tuple[Any, ...]) -> fx.Node:
+        """The deepest presentation of node's value that has its dtype and the wanted shape."""
         core = self.values.core(node)
-        chain = [n for n in self.values.chain(node) if dtype(n) == dtype(core) and _rows(n, row)]
-        return chain[-1] if chain else core
+        chain = [n for n in self.values.chain(node) if dtype(n) == dtype(core)]
+        fitting = [n for n in chain if same_shape(shape(n), wanted)]
+        return fitting[-1] if fitting else chain[0]
 
     def _bare(self, value: fx.Node, quantizer: QuantizerSite) -> FusedSite | None:
         used = [n for n in self.values.chain(quantizer.x_used) if dtype(n) == dtype(value)]
@@ -275,10 +278,6 @@ def _device(node: fx.Node) -> str:
 def _contiguous(*nodes: fx.Node) -> bool:
     """Fused ops return contiguous tensors; a consumer that relies on other strides must keep its producer."""
     return all(value.is_contiguous() for value in map(tensor, nodes) if value is not None)
-
-
-def _rows(node: fx.Node, row: int) -> bool:
-    return len(shape(node)) > 0 and same_size(shape(node)[-1], row)
 
 
 def _over_rows(quantizer: QuantizerSite, row: int) -> Any:

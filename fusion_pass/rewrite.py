@@ -12,7 +12,7 @@ from torch import fx
 from . import inductor, ops
 from .patterns.values import Values, aten, dtype, same_shape, same_size, shape, tensor
 from .sites import FusedSite
-from .specs import NoPrologue, RMSNorm
+from .specs import GatedActivation, NoPrologue, RMSNorm
 
 
 def rewrite(graph: fx.Graph, sites: Iterable[FusedSite]) -> None:
@@ -38,8 +38,9 @@ class _Editor:
         # After the last input; the sort that follows moves users behind it.
         after = max(inputs, key=lambda n: self.order[n])
         self.cursor = after
-        x, *others = [self._with_rows(n, site.row) for n in inputs]
-        site.op = self._call(ops.OPS[type(site.prologue)], (x, *self._others(site, others), site.spec.encode()))
+        x, other, weight = self._present(site, inputs)
+        arguments = {NoPrologue: (x,), RMSNorm: (x, other, weight), GatedActivation: (x, other)}[type(site.prologue)]
+        site.op = self._call(ops.OPS[type(site.prologue)], (*arguments, site.spec.encode()))
         site.op.meta["stack_trace"] = next((n.meta["stack_trace"] for n in site.nodes if n.meta.get("stack_trace")), None)
         outputs = [self._call(operator.getitem, (site.op, i)) for i in range(len(site.op.meta["val"]))]
         codes, scale, *extras = outputs
@@ -51,25 +52,23 @@ class _Editor:
         for value, output in zip((v for v in (site.sum, site.value) if v is not None), extras, strict=True):
             self._replace(self.values.origins(value), output)
 
-    def _others(self, site: FusedSite, nodes: list[fx.Node]) -> tuple[fx.Node | None, ...]:
-        if isinstance(site.prologue, NoPrologue):
-            return ()
-        if not isinstance(site.prologue, RMSNorm):
-            return tuple(nodes)
-        remaining = iter(nodes)
-        return tuple(None if n is None else next(remaining) for n in (site.other, site.weight))
+    def _present(self, site: FusedSite, inputs: list[fx.Node]) -> tuple[fx.Node | None, ...]:
+        """x, other and weight in the shapes the op takes: rows of ``site.row`` values, other as x, weight flat."""
+        remaining = iter(inputs)
+        x, other, weight = (None if n is None else next(remaining) for n in (site.x, site.other, site.weight))
+        assert x is not None
+        if not same_size(shape(x)[-1] if shape(x) else 1, site.row):
+            x = self._call(aten.reshape.default, (x, [-1, site.row]))
+        if other is not None and not same_shape(shape(other), shape(x)):
+            other = self._call(aten.reshape.default, (other, self._sizes(x)))
+        if weight is not None and len(shape(weight)) != 1:
+            weight = self._call(aten.reshape.default, (weight, [site.row]))
+        return x, other, weight
 
     def _resolve(self, node: fx.Node) -> fx.Node:
         while node in self.replaced:
             node = self.replaced[node]
         return node
-
-    def _with_rows(self, node: fx.Node, row: int) -> fx.Node:
-        """node, presented with rows of ``row`` values."""
-        sizes = shape(node)
-        if sizes and same_size(sizes[-1], row):
-            return node
-        return self._call(aten.reshape.default, (node, [-1, row]))
 
     def _replace_scale(self, site: FusedSite, scale: fx.Node) -> None:
         """Ops return f32 scales; a scale the graph computed in bf16 is cast back for those who read it as such."""

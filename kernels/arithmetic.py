@@ -73,7 +73,8 @@ else:
     @triton.jit
     def times(x, y):
         """The rounded product, which no later addition is contracted with."""
-        return libdevice.mul_rn(x, y)
+        # libdevice.mul_rn would flush subnormals.
+        return tl.inline_asm_elementwise("mul.rn.f32 $0, $1, $2;", "=f,f,f", [x, y], tl.float32, is_pure=True, pack=1)
 
     @triton.jit
     def sum_of_squares(x, GROUP: tl.constexpr, N: tl.constexpr):
