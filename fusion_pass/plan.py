@@ -23,8 +23,8 @@ from .patterns.values import FLOATS, Values, cast_dtype, dtype, same_shape, shap
 from .sites import FusedSite, Miss, Report, location
 from .specs import FusedSpec, NoPrologue, ScaleLayout
 
-# A prologue search that stopped before this many operations saw an ordinary producer, not an unknown norm.
-_NEAR_MISS = 3
+# A prologue search that matched fewer operations than this saw an ordinary producer, not an unknown norm.
+_NEAR_MISS = 2
 
 
 def plan(graph: fx.Graph, devices: Collection[str]) -> Report:

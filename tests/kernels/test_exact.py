@@ -1,0 +1,206 @@
+"""Every kernel against the reference, and the reference against eager code: codes and scales bit for bit."""
+
+import itertools
+
+import pytest
+import torch
+
+import spelled
+from fusion_pass import ops
+from fusion_pass.kernels.launch import configure, launch
+from fusion_pass.kernels.reference import reference
+from fusion_pass.specs import (
+    FusedSpec,
+    GatedActivation,
+    Mean,
+    NoPrologue,
+    Quantizer,
+    QuotientRule,
+    RMSNorm,
+    ScaleLayout,
+    ScaleRule,
+    Weight,
+)
+from fusion_pass.testing import compare
+
+BF16, F16, F32 = torch.bfloat16, torch.float16, torch.float32
+SHAPES = [(1, 256), (7, 640), (2, 5, 384)]
+
+
+def native(device):
+    """The scale rule and mean of eager code on the device."""
+    return (ScaleRule.DIVIDE, Mean.DIVIDE) if device == "cpu" else (ScaleRule.RECIPROCAL, Mean.RECIPROCAL)
+
+
+def prologues(device, dtype):
+    mean = native(device)[1]
+    return {
+        "none": NoPrologue(),
+        "norm": RMSNorm(1e-6, mean=mean, normalized=dtype, product=dtype),
+        "weightless": RMSNorm(1e-5, weight=Weight.NONE, mean=mean, product=dtype),
+        "unrounded norm": RMSNorm(1e-6, mean=mean),
+        "add norm": RMSNorm(1e-6, mean=mean, normalized=dtype, product=dtype, residual_sum=dtype),
+        "add norm, sum unrounded": RMSNorm(1e-6, mean=mean, product=dtype, residual_sum=F32),
+        "silu": GatedActivation(activated=dtype, product=dtype),
+        "unrounded silu": GatedActivation(),
+    }
+
+
+def check(spec, shape, dtype, device):
+    exact = isinstance(spec.prologue, RMSNorm)
+    make = (lambda: spelled.exact_rows(*shape, device=device, dtype=dtype)) if exact else None
+    x, other = (make() if make else torch.randn(shape, device=device).to(dtype) for _ in range(2))
+    weight = torch.randn(shape[-1], device=device).to(dtype)
+    if isinstance(spec.prologue, NoPrologue) or (exact and spec.prologue.residual_sum is None):
+        other = None
+    if not exact or spec.prologue.weight is Weight.NONE:
+        weight = None
+    result = compare(launch(spec, x, other, weight), reference(spec, x, other, weight))
+    assert result.equal, f"{spec}: {result}"
+
+
+@pytest.mark.parametrize("prologue", prologues("cpu", BF16))
+@pytest.mark.parametrize("group", [None, 32, 128])
+@pytest.mark.parametrize("dtype", [BF16, F16, F32], ids=str)
+def test_kernels_equal_the_reference(prologue, group, dtype, device):
+    quantizer = Quantizer(group=group, amax_floor=1e-10, scale_rule=native(device)[0])
+    layouts = [ScaleLayout.ROW] if group is None else list(ScaleLayout)
+    for layout, shape in itertools.product(layouts, SHAPES):
+        check(FusedSpec(prologues(device, dtype)[prologue], quantizer, layout), shape, dtype, device)
+
+
+@pytest.mark.parametrize(
+    "quantizer",
+    [
+        Quantizer(group=128, scale_rule=ScaleRule.DIVIDE),
+        Quantizer(group=128, scale_rule=ScaleRule.RECIPROCAL),
+        Quantizer(group=64, quotient_rule=QuotientRule.RECIPROCAL),
+        Quantizer(group=96, amax_floor=1e-4),
+        Quantizer(scale_floor=1 / (448 * 512)),
+        Quantizer(scale_dtype=BF16),
+        Quantizer(code=torch.float8_e5m2, divisor=57344.0, clamp=57344.0, group=32),
+        Quantizer(divisor=100.0, clamp=37.5),
+    ],
+)
+def test_quantizer_fields(quantizer, device):
+    check(FusedSpec(NoPrologue(), quantizer), (5, 384), BF16, device)
+    check(FusedSpec(GatedActivation(activated=BF16, product=BF16), quantizer), (5, 384), BF16, device)
+
+
+@pytest.mark.parametrize("prologue", ["add norm", "add norm, sum unrounded", "norm", "silu"])
+def test_further_outputs(prologue, device):
+    spec = FusedSpec(
+        prologues(device, BF16)[prologue],
+        Quantizer(group=128),
+        ScaleLayout.COLUMN,
+        sum_output=BF16 if "add" in prologue else None,
+        value_output=BF16,
+    )
+    check(spec, (3, 4, 256), BF16, device)
+
+
+SPECIAL = [float("nan"), float("inf"), -float("inf"), 0.0, -0.0, 1e-38, -1e-40, 3e38, 448.0, 1e-45]
+
+
+@pytest.mark.parametrize("dtype", [BF16, F32], ids=str)
+@pytest.mark.parametrize("floor", [None, 1e-10])
+@pytest.mark.parametrize("group", [None, 32])
+def test_special_values(dtype, floor, group, device):
+    x = torch.randn(len(SPECIAL) + 2, 256, device=device)
+    for row, value in enumerate(SPECIAL):
+        x[row, row::16] = value
+    x[-1] = 0
+    x[-2] = -0.0
+    x = x.to(dtype)
+    for quotient in QuotientRule:
+        quantizer = Quantizer(group=group, amax_floor=floor, quotient_rule=quotient, scale_rule=native(device)[0])
+        spec = FusedSpec(NoPrologue(), quantizer)
+        result = compare(launch(spec, x, None, None), reference(spec, x, None, None))
+        assert result.equal, f"{spec}: {result}"
+
+
+def test_the_corrected_quotient_is_the_correctly_rounded_one(device):
+    """Random bit patterns of values and scales, every exponent: the codes' inputs, not only their roundings, must agree."""
+    bits = torch.randint(-(2**31), 2**31 - 1, (512, 1024), device=device, dtype=torch.int64).to(torch.int32)
+    x = bits.view(F32)
+    x = torch.where(x.isfinite(), x, 1.0)
+    spec = FusedSpec(NoPrologue(), Quantizer(group=32, scale_rule=native(device)[0]))
+    assert compare(launch(spec, x, None, None), reference(spec, x, None, None)).equal
+
+
+@pytest.mark.parametrize("dtype", [BF16, F16], ids=str)
+def test_silu_of_every_16_bit_value(dtype, device):
+    every = torch.arange(65536, device=device).to(torch.int32).to(torch.uint16).view(dtype)
+    gate = every.reshape(512, 128)
+    spec = FusedSpec(GatedActivation(activated=dtype, product=dtype), Quantizer(group=32), value_output=dtype)
+    result = compare(launch(spec, gate, torch.ones_like(gate), None), reference(spec, gate, torch.ones_like(gate), None))
+    assert result.equal, result
+
+
+def test_reference_is_eager_code(device):
+    x, r = (spelled.exact_rows(3, 4, 256, device=device) for _ in range(2))
+    w = torch.randn(256, device=device).to(BF16)
+    rule, mean = native(device)
+    norm = RMSNorm(1e-6, mean=mean, normalized=BF16, product=BF16, residual_sum=BF16)
+    group = Quantizer(group=128, amax_floor=1e-10, scale_rule=rule)
+    spec = FusedSpec(norm, group, ScaleLayout.COLUMN, sum_output=BF16)
+    expected = [*spelled.column(*spelled.per_group(spelled.rms_norm(x + r, w))), x + r]
+    assert compare(reference(spec, x, r, w), expected).equal
+    spec = FusedSpec(GatedActivation(activated=BF16, product=BF16), Quantizer(amax_floor=1e-10, scale_rule=rule))
+    assert compare(reference(spec, x, r, None), list(spelled.per_token(spelled.silu_mul(x, r)))).equal
+
+
+def test_random_norms_stay_in_budget(device):
+    """The order of the sum of squares may differ: at most 0.1 % of the codes, by one code, and a scale by one ulp of bf16."""
+    x, w = torch.randn(64, 1024, device=device).to(BF16), torch.randn(1024, device=device).to(BF16)
+    rule, mean = native(device)
+    spec = FusedSpec(RMSNorm(1e-6, mean=mean, normalized=BF16, product=BF16), Quantizer(scale_rule=rule))
+    (codes, scale), (wanted, wanted_scale) = launch(spec, x, None, w), reference(spec, x, None, w)
+    different = compare(codes, wanted)
+    assert different.different <= 1e-3 * different.elements, different
+    assert ((scale.view(torch.int32) - wanted_scale.view(torch.int32)).abs() <= 2**16).all()
+
+
+def test_strided_halves_are_not_copied(device):
+    both = torch.randn(6, 512, device=device).to(BF16)
+    gate, up = both.chunk(2, -1)
+    expected = ops.silu_mul_quant_fp8(gate.contiguous(), up.contiguous(), group=64)
+    assert compare(tuple(ops.silu_mul_quant_fp8(gate, up, group=64)), tuple(expected)).equal
+    transposed = torch.randn(256, 6, device=device).to(BF16).t()
+    assert compare(tuple(ops.quant_fp8(transposed)), tuple(ops.quant_fp8(transposed.contiguous()))).equal
+
+
+def test_no_rows(device):
+    codes, scale = ops.quant_fp8(torch.empty(0, 256, device=device, dtype=BF16), group=128)
+    assert codes.shape == (0, 256)
+    assert scale.shape == (0, 2)
+
+
+def test_a_launch_is_chosen_by_the_row_alone():
+    spec = FusedSpec(RMSNorm(1e-6), Quantizer())
+    assert configure(spec, 4096) is configure(spec, 4096)
+    assert configure(spec, 5120).groups * configure(spec, 5120).lanes >= 5120
+
+
+@pytest.mark.parametrize(
+    ("call", "named"),
+    [
+        (lambda x: ops.quant_fp8(x, group=100), "group length 100"),
+        (lambda x: ops.quant_fp8(x.to(torch.int8)), "x is torch.int8"),
+        (lambda x: ops.rms_norm_quant_fp8(x, x[0, :5], 1e-6), "weight has shape"),
+        (lambda x: ops.silu_mul_quant_fp8(x, x[:1]), "up has shape"),
+        (lambda x: ops.quant_fp8(x[0], group=64, column_scales=True), "x has shape"),
+    ],
+)
+def test_bad_input_is_named(call, named, device):
+    with pytest.raises(ValueError, match=named):
+        call(torch.randn(4, 256, device=device))
+
+
+def test_ops_pass_opcheck(device):
+    x = torch.randn(3, 256, device=device).to(BF16)
+    norm = FusedSpec(RMSNorm(1e-6, residual_sum=BF16), Quantizer(group=64), ScaleLayout.COLUMN, sum_output=BF16)
+    torch.library.opcheck(torch.ops.fusion_pass.quant, (x, FusedSpec(NoPrologue(), Quantizer()).encode()))
+    torch.library.opcheck(torch.ops.fusion_pass.rms_norm_quant, (x, x + 1, x[0].clone(), norm.encode()))
+    silu = FusedSpec(GatedActivation(), Quantizer(), value_output=F32)
+    torch.library.opcheck(torch.ops.fusion_pass.act_mul_quant, (x, x + 1, silu.encode()))

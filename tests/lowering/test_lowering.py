@@ -1,0 +1,113 @@
+"""Matching, rewriting and lowering of CUDA graphs, on fake tensors: no GPU is needed."""
+
+import pytest
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+import spelled
+from fusion_pass import graph_pass, inductor
+from fusion_pass.specs import Mean, ScaleRule
+
+BF16 = torch.bfloat16
+LAUNCH = torch.ops.higher_order.triton_kernel_wrapper_functional
+
+
+def lowered(fn, *shapes, dynamic=()):
+    """The report on fn over fake CUDA tensors, and its lowered graph."""
+    results = []
+
+    def compiler(gm, _):
+        results.append((graph_pass.run(gm.graph, ("cuda",), to_kernels=True), gm.graph))
+        return gm.forward
+
+    torch._dynamo.reset()
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        tensors = [torch.empty(shape, dtype=BF16, device="cuda") for shape in shapes]
+        for dim in dynamic:
+            torch._dynamo.mark_dynamic(tensors[0], dim)
+        torch.compile(fn, backend=lambda gm, i: inductor.compile_without_joint_passes(gm, i, compiler))(*tensors)
+    return results[0]
+
+
+def launches(graph):
+    return [node for node in graph.nodes if node.target is LAUNCH]
+
+
+def calls_fusion_pass(graph):
+    return any(getattr(node.target, "namespace", "") == "fusion_pass" for node in graph.nodes)
+
+
+def norm(x, w):
+    return spelled.per_token(spelled.rms_norm(x, w))
+
+
+def add_norm(x, r, w):
+    return (*spelled.column(*spelled.per_group(spelled.rms_norm(x + r, w))), x + r)
+
+
+def silu(both):
+    return spelled.per_group(spelled.silu_mul(*both.chunk(2, -1)))
+
+
+@pytest.mark.parametrize(
+    ("fn", "shapes", "outputs"),
+    [
+        (norm, [(8, 256), (256,)], 2),
+        (add_norm, [(2, 8, 512), (2, 8, 512), (512,)], 3),
+        (silu, [(8, 1024)], 2),
+        (spelled.per_token, [(8, 256)], 2),
+    ],
+)
+def test_an_op_becomes_one_kernel_launch(fn, shapes, outputs):
+    report, graph = lowered(fn, *shapes)
+    (launch,) = launches(graph)
+    assert not calls_fusion_pass(graph)
+    assert len(launch.kwargs["tensors_to_clone"]) == outputs
+    assert len(report.fused) == 1
+
+
+def test_a_cuda_graph_multiplies_by_reciprocals():
+    report, _ = lowered(norm, (8, 256), (256,))
+    assert report.fused[0].quantizer.scale_rule is ScaleRule.RECIPROCAL
+    assert report.fused[0].prologue.mean is Mean.RECIPROCAL
+
+
+def test_halves_of_one_projection_are_read_in_place():
+    _, graph = lowered(silu, (8, 1024))
+    arguments = launches(graph)[0].kwargs["kwargs"]
+    assert arguments["x_stride"] == arguments["other_stride"] == 1024
+    assert not any(node.target is torch.ops.aten.clone.default for node in graph.nodes)
+
+
+def test_the_number_of_rows_stays_symbolic():
+    _, graph = lowered(norm, (8, 256), (256,), dynamic=(0,))
+    (launch,) = launches(graph)
+    rows = launch.kwargs["kwargs"]["M"]
+    assert isinstance(rows, torch.fx.Node)
+    assert isinstance(rows.meta["val"], torch.SymInt)
+
+
+def test_equal_launches_are_traced_once(monkeypatch):
+    traced = []
+    real = inductor.functional_launch
+    monkeypatch.setattr(inductor, "functional_launch", lambda launch: traced.append(1) or real(launch))
+
+    def layers(x, w):
+        for _ in range(4):
+            codes, scale = norm(x, w)
+            x = x + codes.to(BF16) * scale.to(BF16)
+        return x
+
+    report, graph = lowered(layers, (8, 256), (256,))
+    assert len(launches(graph)) == len(report.fused) == 4
+    # The first layer has no residual, the last sum is read by no norm.
+    assert len(traced) <= 3
+
+
+def test_other_devices_are_left_alone():
+    def run(gm, _):
+        assert not graph_pass.run(gm.graph, ("cuda",)).fused
+        return gm.forward
+
+    x, w = torch.randn(8, 256).to(BF16), torch.randn(256).to(BF16)
+    torch.compile(norm, backend=lambda gm, i: inductor.compile_without_joint_passes(gm, i, run))(x, w)

@@ -1,0 +1,249 @@
+"""Unmodified code, compiled: what fuses, that it equals eager bit for bit, and what is refused."""
+
+import pytest
+import torch
+import torch.nn.functional as F  # noqa: N812
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+import spelled
+from fusion_pass.backends import collecting
+from fusion_pass.sites import Report
+from fusion_pass.specs import NoPrologue, ScaleLayout
+from fusion_pass.testing import compare
+
+BF16 = torch.bfloat16
+
+
+def fuse(fn, *args):
+    """The report on fn and the comparison of the rewritten graph's results with eager's."""
+    report = Report()
+    torch._dynamo.reset()
+    fused = torch.compile(fn, backend=collecting(report), dynamic=False)(*args)
+    return report, compare(fused, fn(*args))
+
+
+def names(report):
+    return sorted(site.name for site in report.fused)
+
+
+@pytest.fixture
+def tensors(device):
+    x, r = (spelled.exact_rows(2, 6, 256, device=device) for _ in range(2))
+    return x, r, torch.randn(256, device=device).to(BF16)
+
+
+FAMILIES = {
+    "rms_norm_per_token": lambda x, r, w: spelled.per_token(spelled.rms_norm(x, w)),
+    "rms_norm_per_group_128": lambda x, r, w: spelled.per_group(spelled.rms_norm(x, w)),
+    "add_rms_norm_per_token": lambda x, r, w: (*spelled.per_token(spelled.rms_norm(x + r, w)), x + r),
+    "add_rms_norm_per_group_128_column": lambda x, r, w: spelled.column(
+        *spelled.per_group(spelled.rms_norm(x + r, w))
+    ),
+    "silu_mul_per_token": lambda x, r, w: spelled.per_token(spelled.silu_mul(x, r)),
+    "silu_mul_per_group_128": lambda x, r, w: spelled.per_group(spelled.silu_mul(x, r)),
+    "silu_mul_per_group_64_column": lambda x, r, w: spelled.column(*spelled.per_group(spelled.silu_mul(x, r), 64)),
+    "quant_per_token": lambda x, r, w: spelled.per_token(x),
+    "quant_per_group_32": lambda x, r, w: spelled.per_group(x, 32),
+    "quant_per_group_128_column": lambda x, r, w: spelled.column(*spelled.per_group(x)),
+}
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("flat", [False, True], ids=["3-D", "2-D"])
+def test_families(name, flat, tensors):
+    x, r, w = tensors
+    if flat:
+        x, r = x.flatten(0, 1), r.flatten(0, 1)
+    report, result = fuse(FAMILIES[name], x, r, w)
+    assert names(report) == [name]
+    assert not report.missed
+    assert result.equal, result
+
+
+def test_a_value_quantized_for_several_projections_is_quantized_once(tensors):
+    def qkv(x, w):
+        y = spelled.rms_norm(x, w)
+        return spelled.per_token(y), spelled.per_token(y), spelled.per_token(y)
+
+    report, result = fuse(qkv, tensors[0], tensors[2])
+    assert [(s.name, s.shared_by) for s in report.fused] == [("rms_norm_per_token", 3)]
+    assert report.eligible == 3
+    assert result.equal
+
+
+def test_two_quantizers_and_a_router_on_one_norm(tensors):
+    def fn(x, r, w):
+        y = spelled.rms_norm(x + r, w)
+        return spelled.per_token(y), spelled.per_group(y, 64), y.sum(-1), x + r
+
+    report, result = fuse(fn, *tensors)
+    assert names(report) == ["add_rms_norm_per_token", "quant_per_group_64"]
+    assert report.fused[0].outputs == ("code", "scale", "sum", "value")
+    assert result.equal
+
+
+def test_a_sum_that_one_site_returns_is_not_added_again(tensors):
+    def fn(x, r, w):
+        h = x + r
+        return spelled.per_token(spelled.rms_norm(h, w)), spelled.per_token(spelled.rms_norm(h, w, 1e-3)), h
+
+    report, result = fuse(fn, *tensors)
+    assert names(report) == ["add_rms_norm_per_token", "rms_norm_per_token"]
+    assert result.equal
+
+
+def test_residual_summed_in_float32_and_stored_rounded(tensors):
+    def fn(x, r, w):
+        h = x.float() + r.float()
+        y = h * torch.rsqrt(h.pow(2).mean(-1, keepdim=True) + 1e-5)
+        return spelled.per_token((y * w.float()).to(x.dtype)), h.to(x.dtype)
+
+    report, result = fuse(fn, *tensors)
+    site = report.fused[0]
+    assert site.prologue.residual_sum is torch.float32
+    assert site.spec.sum_output is BF16
+    assert result.equal
+
+
+def test_halves_of_one_projection(tensors):
+    report, result = fuse(lambda gu: spelled.per_group(spelled.silu_mul(*gu.chunk(2, -1)), 64), tensors[0])
+    assert names(report) == ["silu_mul_per_group_64"]
+    assert result.equal
+
+
+def test_scales_computed_in_bf16(tensors):
+    def float8_tensor(x):
+        scale = (x.abs().amax(-1, keepdim=True) / 448.0).float()
+        return (x.float() / scale).clamp(-448, 448).to(spelled.E4M3), scale
+
+    report, result = fuse(float8_tensor, tensors[0])
+    assert report.fused[0].quantizer.scale_dtype is BF16
+    assert result.equal
+
+
+def layer_norm(x, r, w):
+    return spelled.per_token(F.layer_norm(x, (256,), w))
+
+
+def amax_of_columns(x, r, w):
+    scale = x.abs().amax(-2, keepdim=True).float() / 448
+    return (x.float() / scale).clamp(-448, 448).to(spelled.E4M3)
+
+
+def unsaturated(x, r, w):
+    scale = x.abs().amax(-1, keepdim=True).float() / 300
+    return (x.float() / scale).to(spelled.E4M3)
+
+
+def scale_of_another_tensor(x, r, w):
+    scale = r.abs().amax(-1, keepdim=True).float() / 448
+    return (x.float() / scale).clamp(-448, 448).to(spelled.E4M3)
+
+
+def asymmetric_clamp(x, r, w):
+    scale = x.abs().amax(-1, keepdim=True).float() / 448
+    return (x.float() / scale).clamp(-448, 400).to(spelled.E4M3)
+
+
+def scale_bounded_above(x, r, w):
+    scale = (x.abs().amax(-1, keepdim=True).float() / 448).clamp(max=0.01)
+    return (x.float() / scale).clamp(-448, 448).to(spelled.E4M3)
+
+
+def norm_of_half_a_row(x, r, w):
+    y = x.float() * torch.rsqrt(x[..., :128].float().pow(2).mean(-1, keepdim=True) + 1e-6)
+    return spelled.per_token(y.to(x.dtype) * w)
+
+
+def eps_beside_the_root(x, r, w):
+    y = x.float() * (torch.rsqrt(x.float().pow(2).mean(-1, keepdim=True)) + 1e-6)
+    return spelled.per_token(y.to(x.dtype) * w)
+
+
+@pytest.mark.parametrize(
+    ("fn", "fused", "reason"),
+    [
+        (layer_norm, ["quant_per_token"], "mean"),
+        (amax_of_columns, [], "per row"),
+        (unsaturated, [], "clamp"),
+        (scale_of_another_tensor, [], "the same x"),
+        (asymmetric_clamp, [], "symmetric"),
+        (scale_bounded_above, [], "clamp"),
+        (norm_of_half_a_row, ["quant_per_token"], "the same x"),
+        (eps_beside_the_root, ["quant_per_token"], "rsqrt"),
+    ],
+)
+def test_look_alikes_are_refused_with_a_reason(fn, fused, reason, tensors):
+    report, result = fuse(fn, *tensors)
+    assert names(report) == fused
+    assert any(reason in miss.reason for miss in report.missed), report
+    assert __file__ in report.missed[0].location
+    assert result.equal
+
+
+def test_an_input_computed_from_the_sum_keeps_the_norm_apart(device):
+    def fn(x, r):
+        h = x + r
+        return spelled.per_token(spelled.rms_norm(h, h[0, 0])), h
+
+    x, r = (spelled.exact_rows(2, 6, 256, device=device) for _ in range(2))
+    report, result = fuse(fn, x, r)
+    assert names(report) == ["quant_per_token"]
+    assert result.equal
+
+
+@st.composite
+def drawn_sites(draw):
+    """A site: family, quantizer, layout, shape, dtype, eps, and who else reads what."""
+    group = draw(st.sampled_from([None, 32, 64, 128]))
+    column = group is not None and draw(st.booleans())
+    lead = draw(st.sampled_from([(1,), (5,), (2, 3), (3, 1)]))
+    row = draw(st.integers(1, 3)) * (group or 96)
+    options = {
+        "family": draw(st.sampled_from(["none", "norm", "add norm", "silu"])),
+        "group": group,
+        "column": column,
+        "dtype": draw(st.sampled_from([BF16, torch.float16, torch.float32])),
+        "eps": draw(st.sampled_from([1e-6, 1e-5, 1e-3])),
+        "floor": draw(st.sampled_from([None, 1e-10, 1e-4])),
+        "read value": draw(st.booleans()),
+        "read sum": draw(st.booleans()),
+    }
+    return (*lead, row), options
+
+
+def drawn_function(options):
+    def fn(x, r, w):
+        total, value = x + r, x
+        if options["family"] == "norm":
+            value = spelled.rms_norm(x, w, options["eps"])
+        elif options["family"] == "add norm":
+            value = spelled.rms_norm(total, w, options["eps"])
+        elif options["family"] == "silu":
+            value = spelled.silu_mul(x, r)
+        if options["group"] is None:
+            quantized = spelled.per_token(value, floor=options["floor"])
+        else:
+            quantized = spelled.per_group(value, options["group"], floor=options["floor"])
+        if options["column"]:
+            quantized = spelled.column(*quantized)
+        extras = [total] if options["read sum"] else []
+        return (*quantized, *extras, *([value + 1] if options["read value"] else []))
+
+    return fn
+
+
+@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(drawn_sites())
+def test_a_drawn_site_fuses_and_equals_eager(device, site):
+    shape, options = site
+    x, r = (spelled.exact_rows(*shape, device=device, dtype=options["dtype"]) for _ in range(2))
+    w = torch.randn(shape[-1], device=device).to(options["dtype"])
+    report, result = fuse(drawn_function(options), x, r, w)
+    assert len(report.fused) == 1, report
+    assert isinstance(report.fused[0].prologue, NoPrologue) == (options["family"] == "none")
+    # Where there is one row or one group, the transpose is contiguous already and nothing is copied.
+    copied = options["column"] and shape[-1] > options["group"] and shape[-2] > 1
+    assert (report.fused[0].scale_layout is ScaleLayout.COLUMN) == copied
+    assert result.equal, result
