@@ -33,15 +33,22 @@ def fusion_pass_eager(gm: fx.GraphModule, inputs: Sequence[Any], **_: Any) -> Ca
 
 
 def collecting(
-    report: Report, devices: Collection[str] = registration.DEVICES, *, fuse: bool = True, strict: bool = False
+    report: Report,
+    devices: Collection[str] = registration.DEVICES,
+    *,
+    strict: bool = False,
+    pretend: torch.device | None = None,
 ) -> Callable[[fx.GraphModule, Sequence[Any]], Callable[..., Any]]:
-    """The eager executor as a backend that adds what it finds to ``report``."""
-    from . import graph_pass, inductor
+    """The eager executor as a backend that adds what it finds to ``report``.
+
+    With ``pretend``, graphs are analysed as if they were on that device, and run unfused.
+    """
+    from . import fake_device, graph_pass, inductor
 
     def compiler(gm: fx.GraphModule, _: Sequence[Any]) -> Callable[..., Any]:
-        if fuse:
-            report.extend(graph_pass.run(gm.graph, devices, strict=strict))
-            gm.recompile()
+        subject = gm if pretend is None else fake_device.relabelled(gm, pretend)
+        report.extend(graph_pass.run(subject.graph, devices, strict=strict))
+        gm.recompile()
         return torch.no_grad()(gm.forward)  # type: ignore[no-any-return]
 
     return lambda gm, inputs: inductor.compile_without_joint_passes(gm, inputs, compiler)

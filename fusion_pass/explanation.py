@@ -6,17 +6,19 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils import _pytree as pytree
 
 from .backends import collecting
+from .fake_device import without_data
 from .sites import Report
 
 
 def explain(fn: Callable[..., Any], *args: Any, device: str | None = None, **kwargs: Any) -> Report:
     """What the pass fuses and misses in ``fn(*args, **kwargs)``.
 
-    The function is compiled with an eager executor and run once. With ``device="cuda"``, its tensors, and its parameters
-    if it is a module, are replaced by fake CUDA tensors: nothing is computed and no GPU is needed.
+    The function is compiled with an eager executor and run once. With ``device="cuda"`` nothing is computed and no GPU is
+    needed: it is traced on fake tensors, and its graphs are read as if they were on that device.
 
     Args:
         fn: a function or module.
@@ -26,38 +28,23 @@ def explain(fn: Callable[..., Any], *args: Any, device: str | None = None, **kwa
         A report: ``.fused`` the sites, ``.missed`` the near misses with their reasons.
     """
     report = Report()
-    with torch._dynamo.config.patch(error_on_recompile=False):
-        if device is None:
-            torch.compile(fn, backend=collecting(report))(*args, **kwargs)
-        else:
-            _explain_fake(fn, args, kwargs, torch.device(device), report)
+    if device is None:
+        torch.compile(fn, backend=collecting(report))(*args, **kwargs)
+    else:
+        _explain_fake(fn, args, kwargs, torch.device(device), report)
     return report
 
 
-def _explain_fake(
-    fn: Callable[..., Any], args: Any, kwargs: Any, device: torch.device, report: Report
-) -> None:
-    from torch._subclasses.fake_tensor import FakeTensorMode
-
-    mode = FakeTensorMode(allow_non_fake_inputs=True)
-
-    def fake(value: Any) -> Any:
-        if not isinstance(value, torch.Tensor):
-            return value
-        with mode:
-            result = mode.from_tensor(value).to(device)
-        return torch.nn.Parameter(result, value.requires_grad) if isinstance(value, torch.nn.Parameter) else result
-
-    tensors = {}
-    if isinstance(fn, torch.nn.Module):
-        tensors = {name: fake(t) for name, t in (*fn.named_parameters(remove_duplicate=False), *fn.named_buffers())}
-
+def _explain_fake(fn: Callable[..., Any], args: Any, kwargs: Any, device: torch.device, report: Report) -> None:
     def call(*args: Any, **kwargs: Any) -> Any:
-        if tensors:
-            assert isinstance(fn, torch.nn.Module)
-            return torch.func.functional_call(fn, tensors, args, kwargs)
-        return fn(*args, **kwargs)
+        if not isinstance(fn, torch.nn.Module):
+            return fn(*args, **kwargs)
+        return torch.func.functional_call(fn, state, args, kwargs)
 
-    with mode:
-        args, kwargs = pytree.tree_map(fake, (args, kwargs))
-        torch.compile(call, backend=collecting(report))(*args, **kwargs)
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        state = {}
+        if isinstance(fn, torch.nn.Module):
+            named = (*fn.named_parameters(remove_duplicate=False), *fn.named_buffers(remove_duplicate=False))
+            state = {name: without_data(tensor) for name, tensor in named}
+        args, kwargs = pytree.tree_map(without_data, (args, kwargs))
+        torch.compile(call, backend=collecting(report, pretend=device))(*args, **kwargs)

@@ -1,4 +1,4 @@
-"""Lowering needs Triton's compiled kernels, so these tests run without the interpreter, on fake CUDA tensors."""
+"""Lowering needs Triton's compiled kernels, so these tests run without the interpreter, on graphs relabelled as CUDA graphs."""
 
 import triton
 

@@ -1,11 +1,11 @@
-"""Matching, rewriting and lowering of CUDA graphs, on fake tensors: no GPU is needed."""
+"""Matching, rewriting and lowering of CUDA graphs, pretended: no GPU is needed."""
 
 import pytest
 import torch
-from torch._subclasses.fake_tensor import FakeTensorMode
 
 import spelled
 from fusion_pass import graph_pass, inductor
+from fusion_pass.fake_device import relabelled
 from fusion_pass.specs import Mean, ScaleRule
 
 BF16 = torch.bfloat16
@@ -13,19 +13,19 @@ LAUNCH = torch.ops.higher_order.triton_kernel_wrapper_functional
 
 
 def lowered(fn, *shapes, dynamic=()):
-    """The report on fn over fake CUDA tensors, and its lowered graph."""
+    """The report on fn over tensors that pretend to be on a GPU, and its lowered graph."""
     results = []
 
     def compiler(gm, _):
-        results.append((graph_pass.run(gm.graph, ("cuda",), to_kernels=True), gm.graph))
+        on_gpu = relabelled(gm, torch.device("cuda", 0))
+        results.append((graph_pass.run(on_gpu.graph, ("cuda",), to_kernels=True), on_gpu.graph))
         return gm.forward
 
     torch._dynamo.reset()
-    with FakeTensorMode(allow_non_fake_inputs=True):
-        tensors = [torch.empty(shape, dtype=BF16, device="cuda") for shape in shapes]
-        for dim in dynamic:
-            torch._dynamo.mark_dynamic(tensors[0], dim)
-        torch.compile(fn, backend=lambda gm, i: inductor.compile_without_joint_passes(gm, i, compiler))(*tensors)
+    tensors = [torch.empty(shape, dtype=BF16) for shape in shapes]
+    for dim in dynamic:
+        torch._dynamo.mark_dynamic(tensors[0], dim)
+    torch.compile(fn, backend=lambda gm, i: inductor.compile_without_joint_passes(gm, i, compiler))(*tensors)
     return results[0]
 
 
