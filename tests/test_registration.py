@@ -1,0 +1,162 @@
+"""Switching the pass on and off, beside other passes; what the compile caches see of it."""
+
+import pytest
+import torch
+from torch._dynamo.utils import counters
+from torch._inductor import config
+from torch._inductor.custom_graph_pass import CustomGraphPass
+
+import fusion_pass
+import spelled
+from fusion_pass import graph_pass, inductor
+from fusion_pass.testing import compare
+
+SLOTS = (inductor.PRE_JOINT, inductor.POST_GRAD)
+
+
+class OtherPass(CustomGraphPass):
+    def __init__(self):
+        self.calls = 0
+
+    def __call__(self, graph):
+        self.calls += 1
+
+    def uuid(self):
+        return "other"
+
+
+def installed():
+    return [getattr(config, slot) for slot in SLOTS]
+
+
+@pytest.fixture(autouse=True)
+def _unregistered():
+    yield
+    fusion_pass.unregister()
+    assert installed() == [None, None]
+
+
+def test_register_is_idempotent_and_unregister_restores():
+    fusion_pass.unregister()
+    fusion_pass.register()
+    fusion_pass.register()
+    assert isinstance(getattr(config, inductor.POST_GRAD), graph_pass.FusionPass)
+    fusion_pass.unregister()
+    assert installed() == [None, None]
+
+
+@pytest.mark.parametrize("wrapped", [lambda p: p, lambda p: [p], lambda p: (p,)], ids=["one", "list", "tuple"])
+def test_a_pass_installed_before_is_kept_and_restored(wrapped):
+    before = wrapped(OtherPass())
+    with config.patch(inductor.POST_GRAD, before):
+        fusion_pass.register()
+        assert getattr(config, inductor.POST_GRAD) is not before
+        fusion_pass.unregister()
+        assert getattr(config, inductor.POST_GRAD) is before
+
+
+def test_a_pass_installed_after_is_kept():
+    fusion_pass.register()
+    other = OtherPass()
+    inductor.add_pass(inductor.POST_GRAD, other)
+    fusion_pass.unregister()
+    assert getattr(config, inductor.POST_GRAD) is other
+    setattr(config, inductor.POST_GRAD, None)
+
+
+def test_enabled_restores_an_outer_registration():
+    fusion_pass.register(("cpu",))
+    with fusion_pass.enabled(("cuda",), strict=True):
+        assert getattr(config, inductor.POST_GRAD).devices == ("cuda",)
+    outer = getattr(config, inductor.POST_GRAD)
+    assert (outer.devices, outer.strict) == (("cpu",), False)
+
+
+@pytest.mark.parametrize("devices", [(), ("tpu",), ("cuda", "gpu")])
+def test_unknown_devices_are_named(devices):
+    with pytest.raises(ValueError, match="devices is"):
+        fusion_pass.register(devices)
+
+
+def test_the_cache_key_covers_options_and_sources(monkeypatch):
+    same = graph_pass.FusionPass(("cuda",), False).uuid()
+    assert same == graph_pass.FusionPass(["cuda"], False).uuid()
+    assert same != graph_pass.FusionPass(("cpu", "cuda"), False).uuid()
+    assert same != graph_pass.FusionPass(("cuda",), True).uuid()
+    monkeypatch.setattr(graph_pass, "source_hash", lambda: "other sources")
+    assert same != graph_pass.FusionPass(("cuda",), False).uuid()
+
+
+def test_a_chain_without_a_uuid_bypasses_the_cache():
+    with config.patch(inductor.POST_GRAD, lambda graph: None):
+        fusion_pass.register()
+        assert getattr(config, inductor.POST_GRAD).uuid() is None
+        fusion_pass.unregister()
+
+
+def fn(x, r, w):
+    h = x + r
+    return (*spelled.per_token(spelled.rms_norm(h, w)), h)
+
+
+def arguments(device):
+    x, r = (spelled.exact_rows(6, 256, device=device) for _ in range(2))
+    return x, r, torch.randn(256, device=device).to(torch.bfloat16)
+
+
+def test_registered_inductor_equals_eager_and_counts(device):
+    """The one true compile of this file: Inductor's code around the fused op."""
+    counters.clear()
+    other = OtherPass()
+    with config.patch(inductor.POST_GRAD, other):
+        fusion_pass.register((device,))
+        tensors = arguments(device)
+        result = compare(torch.compile(fn)(*tensors), fn(*tensors))
+        fusion_pass.unregister()
+    assert result.equal, result
+    assert counters["fusion_pass"]["add_rms_norm_per_token"] == 1
+    assert counters["fusion_pass"]["fused"] == 1
+    assert other.calls == 1
+
+
+@pytest.mark.parametrize("backend", ["fusion_pass_eager"])
+def test_backends_are_found_by_name(backend, device):
+    tensors = arguments(device)
+    assert compare(torch.compile(fn, backend=backend)(*tensors), fn(*tensors)).equal
+
+
+def test_strict_raises_on_an_unfused_cast(device):
+    def unsaturated(x):
+        return (x.float() / (x.abs().amax(-1, keepdim=True).float() / 300)).to(spelled.E4M3)
+
+    fusion_pass.register((device,), strict=True)
+    with pytest.raises(Exception, match="left unfused"):
+        torch.compile(unsaturated)(arguments(device)[0])
+
+
+def test_debug_prints_sites_misses_and_the_rewritten_graph(monkeypatch, capsys, tmp_path, device):
+    monkeypatch.setenv("FUSION_PASS_DEBUG", "1")
+    torch.compile(fn, backend="fusion_pass_eager")(*arguments(device))
+    printed = capsys.readouterr().err
+    assert "add_rms_norm_per_token [6x256] -> e4m3fn" in printed
+    assert "torch.ops.fusion_pass.rms_norm_quant" in printed
+    monkeypatch.setenv("FUSION_PASS_DEBUG", str(tmp_path / "graphs"))
+    torch._dynamo.reset()
+    torch.compile(fn, backend="fusion_pass_eager")(*arguments(device))
+    assert len(list((tmp_path / "graphs").iterdir())) == 3
+
+
+def test_explain_pretends_to_be_on_a_gpu():
+    class Model(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.weight = torch.nn.Parameter(torch.ones(256, dtype=torch.bfloat16))
+
+        def forward(self, x):
+            return spelled.per_token(spelled.rms_norm(x, self.weight))
+
+    report = fusion_pass.explain(Model(), torch.randn(4, 256).bfloat16(), device="cuda")
+    assert [site.name for site in report.fused] == ["rms_norm_per_token"]
+    assert report.fused[0].quantizer.scale_rule.value == "reciprocal"
+    assert report.fused[0].op is not None
+    assert report.fused[0].nodes
