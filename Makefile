@@ -12,6 +12,7 @@ demo: $(READY)
 
 test: $(READY)
 	$(BIN)/python -m pytest
+	TRITON_INTERPRET=0 $(BIN)/python -m pytest tests/lowering
 
 check: lint types
 

@@ -109,7 +109,9 @@ def compile_without_joint_passes(
 
         return make_boxed_func(compiler(graph, example_inputs))  # type: ignore[no-any-return]
 
-    backend = aot_autograd(fw_compiler=boxed, bw_compiler=boxed, inference_compiler=boxed, decompositions=select_decomp_table)
+    backend = aot_autograd(
+        fw_compiler=boxed, bw_compiler=boxed, inference_compiler=boxed, decompositions=select_decomp_table
+    )
     return backend(gm, inputs)  # type: ignore[no-any-return]
 
 

@@ -122,7 +122,9 @@ class _Planner:
             if site is not None:
                 if site.size % group.quantizers[0].group == 0 and _contiguous(value):
                     return site  # type: ignore[no-any-return]
-                self._refuse("prologue", f"groups of {group.quantizers[0].group} do not divide rows of {site.size}", value)
+                self._refuse(
+                    "prologue", f"groups of {group.quantizers[0].group} do not divide rows of {site.size}", value
+                )
                 return None
             if search.failure is not None:
                 failures.append(search.failure)

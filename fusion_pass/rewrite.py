@@ -41,7 +41,9 @@ class _Editor:
         x, other, weight = self._present(site, inputs)
         arguments = {NoPrologue: (x,), RMSNorm: (x, other, weight), GatedActivation: (x, other)}[type(site.prologue)]
         site.op = self._call(ops.OPS[type(site.prologue)], (*arguments, site.spec.encode()))
-        site.op.meta["stack_trace"] = next((n.meta["stack_trace"] for n in site.nodes if n.meta.get("stack_trace")), None)
+        site.op.meta["stack_trace"] = next(
+            (n.meta["stack_trace"] for n in site.nodes if n.meta.get("stack_trace")), None
+        )
         outputs = [self._call(operator.getitem, (site.op, i)) for i in range(len(site.op.meta["val"]))]
         codes, scale, *extras = outputs
         self._replace(self.values.origins(site.codes), codes)

@@ -329,6 +329,7 @@ def _reduces_last(core: fx.Node, rank: int) -> bool:
 
 def getitem(index: int, inner: Pattern) -> Pattern:
     """Output ``index`` of an operation with several."""
+
     def pattern(node: Any, match: Match, search: Search) -> Iterator[Match]:
         core = search.values.core(node) if isinstance(node, fx.Node) else None
         if core is not None and core.target is operator.getitem and core.args[1] == index:

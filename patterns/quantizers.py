@@ -32,7 +32,7 @@ from .grammar import (
     tagged,
     value,
 )
-from .values import aten, cast_dtype, dtype, shape
+from .values import aten, cast_dtype, dtype
 
 _MAXIMUM = (aten.maximum.default, aten.clamp_min.Tensor)
 _MINIMUM = (aten.minimum.default, aten.clamp_max.Tensor)

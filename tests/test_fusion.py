@@ -1,12 +1,12 @@
 """Unmodified code, compiled: what fuses, that it equals eager bit for bit, and what is refused."""
 
 import pytest
+import spelled
 import torch
 import torch.nn.functional as F  # noqa: N812
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-import spelled
 from fusion_pass.backends import collecting
 from fusion_pass.sites import Report
 from fusion_pass.specs import NoPrologue, ScaleLayout
@@ -37,9 +37,7 @@ FAMILIES = {
     "rms_norm_per_token": lambda x, r, w: spelled.per_token(spelled.rms_norm(x, w)),
     "rms_norm_per_group_128": lambda x, r, w: spelled.per_group(spelled.rms_norm(x, w)),
     "add_rms_norm_per_token": lambda x, r, w: (*spelled.per_token(spelled.rms_norm(x + r, w)), x + r),
-    "add_rms_norm_per_group_128_column": lambda x, r, w: spelled.column(
-        *spelled.per_group(spelled.rms_norm(x + r, w))
-    ),
+    "add_rms_norm_per_group_128_column": lambda x, r, w: spelled.column(*spelled.per_group(spelled.rms_norm(x + r, w))),
     "silu_mul_per_token": lambda x, r, w: spelled.per_token(spelled.silu_mul(x, r)),
     "silu_mul_per_group_128": lambda x, r, w: spelled.per_group(spelled.silu_mul(x, r)),
     "silu_mul_per_group_64_column": lambda x, r, w: spelled.column(*spelled.per_group(spelled.silu_mul(x, r), 64)),

@@ -3,12 +3,12 @@
 import itertools
 
 import pytest
-import torch
-
 import spelled
-from fusion_pass import ops
+import torch
 from fusion_pass.kernels.launch import configure, launch
 from fusion_pass.kernels.reference import reference
+
+from fusion_pass import ops
 from fusion_pass.specs import (
     FusedSpec,
     GatedActivation,
@@ -133,7 +133,9 @@ def test_silu_of_every_16_bit_value(dtype, device):
     every = torch.arange(65536, device=device).to(torch.int32).to(torch.uint16).view(dtype)
     gate = every.reshape(512, 128)
     spec = FusedSpec(GatedActivation(activated=dtype, product=dtype), Quantizer(group=32), value_output=dtype)
-    result = compare(launch(spec, gate, torch.ones_like(gate), None), reference(spec, gate, torch.ones_like(gate), None))
+    result = compare(
+        launch(spec, gate, torch.ones_like(gate), None), reference(spec, gate, torch.ones_like(gate), None)
+    )
     assert result.equal, result
 
 

@@ -1,9 +1,9 @@
 """Matching, rewriting and lowering of CUDA graphs, pretended: no GPU is needed."""
 
 import pytest
+import spelled
 import torch
 
-import spelled
 from fusion_pass import graph_pass, inductor
 from fusion_pass.fake_device import relabelled
 from fusion_pass.specs import Mean, ScaleRule
