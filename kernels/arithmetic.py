@@ -79,8 +79,7 @@ else:
     @triton.jit
     def sum_of_squares(x, GROUP: tl.constexpr, N: tl.constexpr):
         """The sum of squares of each row of a (rows, groups, lanes) tile whose lanes beyond the row are zero."""
-        squares = tl.reshape(x * x, (x.shape[0], x.shape[1] * x.shape[2]))
-        return tl.sum(squares, 1)[:, None, None]
+        return tl.sum(tl.sum(x * x, 2, keep_dims=True), 1, keep_dims=True)
 
     @triton.jit
     def divide(y, s):
@@ -88,8 +87,8 @@ else:
 
         With r the correctly rounded 1/s, ``q = y*r`` followed by one residual correction is the correctly rounded quotient
         (Markstein, IBM J. Res. Dev. 34(1), 1990) unless r or the residual leaves the normal range. Scales beyond 2^±100,
-        zero, infinite and NaN scales take the division instruction. The residual is formed as q*s - y so that a zero
-        quotient keeps the sign of y.
+        zero, infinite and NaN scales take the division instruction. The residual is formed as q*s - y and multiplied by
+        -r so that a zero quotient keeps the sign of y; Triton negates as 0 - x, which does not flip the sign of zero.
         """
         r = tl.math.div_rn(tl.full(s.shape, 1.0, tl.float32), s)
         ordinary = (s >= 7.888609052210118e-31) & (s <= 1.2676506002282294e30)
@@ -98,7 +97,7 @@ else:
         if tl.min(tl.ravel(ordinary.to(tl.int32)), 0) == 1:
             q = times(y, wide_r)
             excess = tl.fma(q, wide_s, -y)
-            q = tl.fma(-excess, wide_r, q)
+            q = tl.fma(excess, -wide_r, q)
         else:
             q = tl.math.div_rn(y, wide_s)
         return q

@@ -123,10 +123,13 @@ def fused_quant_kernel(
         tl.store(value_ptr + out, cast(x, value_ptr.dtype.element_ty), mask)
 
     scale = dequantization_scale(amax(x, 2), AMAX_FLOOR, SCALE_FLOOR, DIVISOR, RECIPROCAL, SCALE_ROUNDING)
-    tl.store(code_ptr + out, codes(x, scale, CLAMP, EXACT_QUOTIENT, code_ptr.dtype.element_ty), mask)
+    present = (rows < M) & (groups < N // GROUP)
+    # The lanes of absent rows and groups must not send the tile's quotients the slow way.
+    divisor = tl.where(present, scale, 1.0)
+    tl.store(code_ptr + out, codes(x, divisor, CLAMP, EXACT_QUOTIENT, code_ptr.dtype.element_ty), mask)
     if COLUMN_SCALES:
         matrix = rows // scale_rows
         at = (matrix * (N // GROUP) + groups) * scale_rows + (rows - matrix * scale_rows)
     else:
         at = rows * (N // GROUP) + groups
-    tl.store(scale_ptr + at, scale, (rows < M) & (groups < N // GROUP))
+    tl.store(scale_ptr + at, scale, present)

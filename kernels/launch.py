@@ -106,7 +106,8 @@ def launch(
     value = next(remaining) if spec.value_output is not None else None
     config = configure(spec, row)
     group = spec.quantizer.group or row
-    grid = (-(-count // config.rows), -(-(row // group) // config.groups))
+    # Three dimensions: Inductor's launchers take no fewer.
+    grid = (-(-count // config.rows), -(-(row // group) // config.groups), 1)
     wrap(fused_quant_kernel)[grid](
         x_ptr=rows,
         other_ptr=rows if others is None else others,
