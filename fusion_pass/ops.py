@@ -5,8 +5,12 @@
 CPU it runs the plain PyTorch reference, or under TRITON_INTERPRET=1 the kernel in Triton's interpreter.
 """
 
+# mypy: allow-untyped-calls
+# torch.library.Library has no annotations.
+
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -30,30 +34,61 @@ from .specs import (
 
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 
+_PROLOGUES: dict[str, type[Prologue]] = {
+    "quant": NoPrologue,
+    "rms_norm_quant": RMSNorm,
+    "act_mul_quant": GatedActivation,
+}
+
 _library = torch.library.Library("fusion_pass", "DEF")
 _library.define("quant(Tensor x, str spec) -> Tensor[]")
 _library.define("rms_norm_quant(Tensor x, Tensor? residual, Tensor? weight, str spec) -> Tensor[]")
 _library.define("act_mul_quant(Tensor gate, Tensor up, str spec) -> Tensor[]")
 
 
-def _check(spec: FusedSpec, x: torch.Tensor, other: torch.Tensor | None, weight: torch.Tensor | None) -> None:
+def _check_operands(
+    op: str, spec: FusedSpec, other: torch.Tensor | None, weight: torch.Tensor | None
+) -> dict[str, torch.Tensor | None]:
+    """The operands beside x by name, each present exactly if the spec says so."""
+    prologue = spec.prologue
+    if not isinstance(prologue, _PROLOGUES[op]):
+        raise ValueError(f"spec has prologue {type(prologue).__name__}; allowed for {op}: {_PROLOGUES[op].__name__}")
+    if not isinstance(prologue, RMSNorm):
+        return {"up": other}
+    wanted = {"residual": prologue.residual_sum is not None, "weight": prologue.weight is not Weight.NONE}
+    operands = {"residual": other, "weight": weight}
+    for name, tensor in operands.items():
+        if wanted[name] is (tensor is None):
+            given, allowed = ("None", "a tensor") if tensor is None else ("a tensor", "None")
+            raise ValueError(f"{name} is {given}; allowed by the spec: {allowed}")
+    return operands
+
+
+def _check(op: str, spec: FusedSpec, x: torch.Tensor, other: torch.Tensor | None, weight: torch.Tensor | None) -> None:
+    """Raise ValueError, naming the argument, its value and what is allowed, unless the op can run."""
+    operands = {"x": x, **_check_operands(op, spec, other, weight)}
     if x.dim() < 1 or (spec.layout is ScaleLayout.COLUMN and x.dim() < 2):
         raise ValueError(f"x has shape {tuple(x.shape)}; allowed: (..., N), and (..., M, N) for column scales")
     check_row(spec, x.shape[-1])
-    for name, tensor in (("x", x), ("residual or up", other), ("weight", weight)):
-        if tensor is not None and tensor.dtype not in _FLOATS:
+    for name, tensor in operands.items():
+        if tensor is None:
+            continue
+        if tensor.dtype not in _FLOATS:
             raise ValueError(f"{name} is {tensor.dtype}; allowed: {', '.join(map(str, _FLOATS))}")
-        if tensor is not None and tensor.device != x.device:
+        if tensor.device != x.device:
             raise ValueError(f"{name} is on {tensor.device}; allowed: the device of x, {x.device}")
-    if other is not None and other.shape != x.shape:
-        raise ValueError(f"residual or up has shape {tuple(other.shape)}; allowed: that of x, {tuple(x.shape)}")
-    if weight is not None and weight.numel() != x.shape[-1]:
-        raise ValueError(f"weight has shape {tuple(weight.shape)}; allowed: ({x.shape[-1]},)")
+        shape = x.shape[-1:] if name == "weight" else x.shape
+        if tensor.shape != shape:
+            raise ValueError(
+                f"{name} has shape {tuple(tensor.shape)}; allowed: {tuple(shape)}, as x has {tuple(x.shape)}"
+            )
 
 
-def _run(text: str, x: torch.Tensor, other: torch.Tensor | None, weight: torch.Tensor | None) -> list[torch.Tensor]:
+def _run(
+    op: str, text: str, x: torch.Tensor, other: torch.Tensor | None = None, weight: torch.Tensor | None = None
+) -> list[torch.Tensor]:
     spec = decode(text)
-    _check(spec, x, other, weight)
+    _check(op, spec, x, other, weight)
     if x.numel() == 0:
         return allocate(spec, x)
     if x.device.type == "cpu" and not INTERPRETED:
@@ -61,24 +96,28 @@ def _run(text: str, x: torch.Tensor, other: torch.Tensor | None, weight: torch.T
     return launch(spec, x, other, weight)
 
 
-def _fake(text: str, x: torch.Tensor, other: torch.Tensor | None, weight: torch.Tensor | None) -> list[torch.Tensor]:
+def _fake(
+    op: str, text: str, x: torch.Tensor, other: torch.Tensor | None = None, weight: torch.Tensor | None = None
+) -> list[torch.Tensor]:
     spec = decode(text)
-    _check(spec, x, other, weight)
+    _check(op, spec, x, other, weight)
     return allocate(spec, x)
 
 
-for _key in ("CPU", "CUDA"):
-    _library.impl("quant", lambda x, spec: _run(spec, x, None, None), _key)
-    _library.impl("rms_norm_quant", lambda x, residual, weight, spec: _run(spec, x, residual, weight), _key)
-    _library.impl("act_mul_quant", lambda gate, up, spec: _run(spec, gate, up, None), _key)
+def _implementations(run: Callable[..., list[torch.Tensor]]) -> dict[str, Callable[..., list[torch.Tensor]]]:
+    """``run`` in each op's signature."""
+    return {
+        "quant": lambda x, spec: run("quant", spec, x),
+        "rms_norm_quant": lambda x, residual, weight, spec: run("rms_norm_quant", spec, x, residual, weight),
+        "act_mul_quant": lambda gate, up, spec: run("act_mul_quant", spec, gate, up),
+    }
 
-torch.library.register_fake("fusion_pass::quant", lambda x, spec: _fake(spec, x, None, None), lib=_library)
-torch.library.register_fake(
-    "fusion_pass::rms_norm_quant", lambda x, residual, weight, spec: _fake(spec, x, residual, weight), lib=_library
-)
-torch.library.register_fake(
-    "fusion_pass::act_mul_quant", lambda gate, up, spec: _fake(spec, gate, up, None), lib=_library
-)
+
+for _name, _implementation in _implementations(_run).items():
+    for _key in ("CPU", "CUDA"):
+        _library.impl(_name, _implementation, _key)
+for _name, _implementation in _implementations(_fake).items():
+    torch.library.register_fake(f"fusion_pass::{_name}", _implementation, lib=_library)
 
 OPS: dict[type[Prologue], torch._ops.OpOverload] = {
     NoPrologue: torch.ops.fusion_pass.quant.default,

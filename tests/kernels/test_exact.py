@@ -3,7 +3,6 @@
 import itertools
 
 import pytest
-import spelled
 import torch
 from fusion_pass.kernels.launch import configure, launch
 from fusion_pass.kernels.reference import reference
@@ -22,6 +21,8 @@ from fusion_pass.specs import (
     Weight,
 )
 from fusion_pass.testing import compare
+
+import spelled
 
 BF16, F16, F32 = torch.bfloat16, torch.float16, torch.float32
 SHAPES = [(1, 256), (7, 640), (2, 5, 384)]
@@ -197,6 +198,25 @@ def test_a_launch_is_chosen_by_the_row_alone():
 def test_bad_input_is_named(call, named, device):
     with pytest.raises(ValueError, match=named):
         call(torch.randn(4, 256, device=device))
+
+
+@pytest.mark.parametrize(
+    ("op", "prologue", "others", "named"),
+    [
+        ("rms_norm_quant", RMSNorm(1e-6, residual_sum=BF16), ["weight"], "residual is None"),
+        ("rms_norm_quant", RMSNorm(1e-6), ["x", "weight"], "residual is a tensor"),
+        ("rms_norm_quant", RMSNorm(1e-6), [], "weight is None"),
+        ("rms_norm_quant", RMSNorm(1e-6, weight=Weight.NONE), ["weight"], "weight is a tensor"),
+        ("rms_norm_quant", GatedActivation(), [], "spec has prologue GatedActivation"),
+        ("quant", RMSNorm(1e-6), [], "spec has prologue RMSNorm"),
+    ],
+)
+def test_operands_are_those_of_the_spec(op, prologue, others, named, device):
+    x = torch.randn(4, 256, device=device)
+    text = FusedSpec(prologue, Quantizer()).encode()
+    norm = [x if "x" in others else None, x[0] if "weight" in others else None]
+    with pytest.raises(ValueError, match=named):
+        getattr(torch.ops.fusion_pass, op)(x, *(norm if op == "rms_norm_quant" else []), text)
 
 
 def test_ops_pass_opcheck(device):
