@@ -5,6 +5,9 @@ to bf16 and fp8 do not round to nearest even, its fma rounds twice, it has no li
 PyTorch's CPU operation on the tile instead.
 """
 
+# mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-calls, allow-untyped-decorators
+# Triton's language has no types for what device functions take and return.
+
 from __future__ import annotations
 
 import numpy as np
@@ -54,6 +57,9 @@ if INTERPRETED:
     def times(x, y):
         return x * y
 
+    def reciprocal_root(x):
+        return tl.math.rsqrt(x)
+
     def sum_of_squares(x, GROUP, N):
         rows = _to_torch(x)[:, :, : int(GROUP)].flatten(1)[:, : int(N)]
         return _from_torch(rows.square().sum(1)[:, None, None], tl.float32)
@@ -77,6 +83,11 @@ else:
         return tl.inline_asm_elementwise("mul.rn.f32 $0, $1, $2;", "=f,f,f", [x, y], tl.float32, is_pure=True, pack=1)
 
     @triton.jit
+    def reciprocal_root(x):
+        """CUDA's rsqrtf, which is the instruction that does not flush subnormals; tl.math.rsqrt and libdevice's do."""
+        return tl.inline_asm_elementwise("rsqrt.approx.f32 $0, $1;", "=f,f", [x], tl.float32, is_pure=True, pack=1)
+
+    @triton.jit
     def sum_of_squares(x, GROUP: tl.constexpr, N: tl.constexpr):
         """The sum of squares of each row of a (rows, groups, lanes) tile whose lanes beyond the row are zero."""
         return tl.sum(tl.sum(x * x, 2, keep_dims=True), 1, keep_dims=True)
@@ -86,12 +97,14 @@ else:
         """The correctly rounded y / s, for |y| not far above s's range of codes; s broadcasts against y.
 
         With r the correctly rounded 1/s, ``q = y*r`` followed by one residual correction is the correctly rounded quotient
-        (Markstein, IBM J. Res. Dev. 34(1), 1990) unless r or the residual leaves the normal range. Scales beyond 2^±100,
-        zero, infinite and NaN scales take the division instruction. The residual is formed as q*s - y and multiplied by
+        (Markstein, IBM J. Res. Dev. 34(1), 1990) unless r or the residual leaves the normal range. The residual of a
+        quotient from 2^-17 on, half the least code, is a multiple of 2^-40 ulp(s), so it is exact for s from 2^-80 on;
+        lesser quotients give a zero code however they are rounded. Tiles with a scale beyond 2^-80 or 2^100, a zero, an
+        infinite or a NaN scale take the division instruction. The residual is formed as q*s - y and multiplied by
         -r so that a zero quotient keeps the sign of y; Triton negates as 0 - x, which does not flip the sign of zero.
         """
         r = tl.math.div_rn(tl.full(s.shape, 1.0, tl.float32), s)
-        ordinary = (s >= 7.888609052210118e-31) & (s <= 1.2676506002282294e30)
+        ordinary = (s >= 8.271806125530277e-25) & (s <= 1.2676506002282294e30)
         wide_s = tl.broadcast_to(s, y.shape)
         wide_r = tl.broadcast_to(r, y.shape)
         if tl.min(tl.ravel(ordinary.to(tl.int32)), 0) == 1:
@@ -153,12 +166,35 @@ def dequantization_scale(
 
 
 @triton.jit
-def codes(y, scale, CLAMP: tl.constexpr, EXACT_QUOTIENT: tl.constexpr, dtype: tl.constexpr):
-    """cast(clamp(y / scale)), or with EXACT_QUOTIENT false cast(clamp(y * (1 / scale))); scale broadcasts against y."""
+def cast_overflowing(q, LARGEST: tl.constexpr, OVERFLOW: tl.constexpr, dtype: tl.constexpr):
+    """The f32 tile q in an fp8 dtype, magnitudes above LARGEST becoming the code OVERFLOW with the sign of q."""
+    bits = cast(q, dtype).to(tl.uint8, bitcast=True)
+    sign = ((q.to(tl.int32, bitcast=True) >> 24) & 0x80).to(tl.uint8)
+    return tl.where(tl.abs(q) > LARGEST, sign | OVERFLOW, bits).to(tl.uint8).to(dtype, bitcast=True)
+
+
+@triton.jit
+def codes(
+    y,
+    scale,
+    CLAMP: tl.constexpr,
+    EXACT_QUOTIENT: tl.constexpr,
+    LARGEST: tl.constexpr,
+    OVERFLOW: tl.constexpr,
+    dtype: tl.constexpr,
+):
+    """cast(clamp(y / scale)), or with EXACT_QUOTIENT false cast(clamp(y * (1 / scale))); scale broadcasts against y.
+
+    OVERFLOW None: the cast saturates, or the clamp leaves it nothing to saturate.
+    """
     if EXACT_QUOTIENT:
         q = divide(y, scale)
     else:
         q = y * tl.math.div_rn(tl.full(scale.shape, 1.0, tl.float32), scale)
     if CLAMP is not None:
         q = tl.clamp(q, -CLAMP, CLAMP, propagate_nan=tl.PropagateNan.ALL)
-    return cast(q, dtype)
+    if OVERFLOW is not None:
+        code = cast_overflowing(q, LARGEST, OVERFLOW, dtype)
+    else:
+        code = cast(q, dtype)
+    return code

@@ -1,11 +1,13 @@
 """The kernel: prologue, quantizer and scale layout in one read of the input and one write of the codes."""
 
+# mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-calls, allow-untyped-decorators
+
 from __future__ import annotations
 
 import triton
 import triton.language as tl
 
-from .arithmetic import amax, cast, codes, dequantization_scale, round_to, silu, sum_of_squares, times
+from .arithmetic import amax, cast, codes, dequantization_scale, reciprocal_root, round_to, silu, sum_of_squares, times
 
 
 @triton.jit
@@ -36,7 +38,7 @@ def rms_norm(
         # ATen's mean on CUDA multiplies by float(outputs) / float(elements).
         outputs = tl.full(squares.shape, M, tl.int64)
         mean = times(squares, tl.math.div_rn(outputs.to(tl.float32), (outputs * N).to(tl.float32)))
-    x = round_to(x * tl.math.rsqrt(mean + EPS), INNER_ROUNDING)
+    x = round_to(x * reciprocal_root(mean + EPS), INNER_ROUNDING)
     if HAS_WEIGHT:
         x = round_to(x * load(weight_ptr, columns, inside), PRODUCT_ROUNDING)
     else:
@@ -79,6 +81,8 @@ def fused_quant_kernel(
     SCALE_ROUNDING: tl.constexpr,
     EXACT_QUOTIENT: tl.constexpr,
     CLAMP: tl.constexpr,
+    LARGEST: tl.constexpr,
+    OVERFLOW: tl.constexpr,
     COLUMN_SCALES: tl.constexpr,
 ):
     """One program: a tile of ROWS rows x GROUPS groups x LANES >= GROUP values; a norm needs tiles of whole rows.
@@ -126,7 +130,8 @@ def fused_quant_kernel(
     present = (rows < M) & (groups < N // GROUP)
     # The lanes of absent rows and groups must not send the tile's quotients the slow way.
     divisor = tl.where(present, scale, 1.0)
-    tl.store(code_ptr + out, codes(x, divisor, CLAMP, EXACT_QUOTIENT, code_ptr.dtype.element_ty), mask)
+    code = codes(x, divisor, CLAMP, EXACT_QUOTIENT, LARGEST, OVERFLOW, code_ptr.dtype.element_ty)
+    tl.store(code_ptr + out, code, mask)
     if COLUMN_SCALES:
         matrix = rows // scale_rows
         at = (matrix * (N // GROUP) + groups) * scale_rows + (rows - matrix * scale_rows)

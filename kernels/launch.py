@@ -15,6 +15,7 @@ from fusion_pass.specs import (
     FusedSpec,
     GatedActivation,
     Mean,
+    Quantizer,
     QuotientRule,
     RMSNorm,
     ScaleLayout,
@@ -26,6 +27,8 @@ from .fused_quant import fused_quant_kernel
 # Values that a program holds; measured on an H200, where 1 x 1024 tiles and one 4096-value row are nearest the floor.
 _TILE_VALUES = 1024
 _LONGEST_ROW = 65536
+# The largest magnitude that rounds to a finite code: beyond it, eager code's cast overflows or saturates.
+_LARGEST = {torch.float8_e4m3fn: 464.0, torch.float8_e5m2: 61439.99609375}
 
 
 @dataclass(frozen=True)
@@ -154,6 +157,26 @@ def _rows(x: torch.Tensor) -> torch.Tensor:
     return rows if rows.stride(-1) == 1 else rows.contiguous()
 
 
+def _overflow(quantizer: Quantizer) -> int | None:
+    """The code of a value too large for the dtype, or None where no value is or the cast saturates.
+
+    The e4m3 cast of older torch versions gives NaN and that of newer ones saturates, so the cast itself is asked.
+    """
+    if quantizer.clamp is not None and quantizer.clamp <= _LARGEST[quantizer.code]:
+        return None
+    return _OVERFLOWED[quantizer.code]
+
+
+def _overflowed(code: torch.dtype) -> int | None:
+    huge = torch.tensor(1e9, device="cpu").to(code)
+    saturates = float(huge.float()) == torch.finfo(code).max
+    return None if saturates else int(huge.view(torch.uint8))
+
+
+# Asked here and not in a launch, which is also traced with fake tensors.
+_OVERFLOWED = {code: _overflowed(code) for code in _LARGEST}
+
+
 @cache
 def constants(spec: FusedSpec) -> dict[str, Any]:
     """The compile-time arguments that follow from the spec alone."""
@@ -189,5 +212,7 @@ def constants(spec: FusedSpec) -> dict[str, Any]:
         "SCALE_ROUNDING": DTYPE_NAMES[quantizer.scale_dtype],
         "EXACT_QUOTIENT": quantizer.quotient_rule is QuotientRule.DIVIDE,
         "CLAMP": quantizer.clamp,
+        "LARGEST": _LARGEST[quantizer.code],
+        "OVERFLOW": _overflow(quantizer),
         "COLUMN_SCALES": spec.layout is ScaleLayout.COLUMN,
     }

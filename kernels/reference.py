@@ -67,7 +67,7 @@ def _rms_norm(
 
 
 def _quantize(quantizer: Quantizer, value: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    grouped = value.unflatten(-1, (-1, quantizer.group or value.shape[-1]))
+    grouped = value.unflatten(-1, (-1, quantizer.group or value.shape[-1]))  # type: ignore[no-untyped-call]
     amax = grouped.abs().amax(-1, keepdim=True) if value.numel() else grouped[..., :1]
     if quantizer.amax_floor is not None:
         amax = amax.clamp(min=quantizer.amax_floor)

@@ -81,6 +81,9 @@ def test_kernels_equal_the_reference(prologue, group, dtype, device):
         Quantizer(scale_dtype=BF16),
         Quantizer(code=torch.float8_e5m2, divisor=57344.0, clamp=57344.0, group=32),
         Quantizer(divisor=100.0, clamp=37.5),
+        Quantizer(divisor=2000.0, clamp=None, group=64),
+        Quantizer(divisor=2000.0, clamp=1000.0),
+        Quantizer(code=torch.float8_e5m2, divisor=200000.0, clamp=None),
     ],
 )
 def test_quantizer_fields(quantizer, device):
@@ -118,6 +121,29 @@ def test_special_values(dtype, floor, group, device):
         spec = FusedSpec(NoPrologue(), quantizer)
         result = compare(launch(spec, x, None, None), reference(spec, x, None, None))
         assert result.equal, f"{spec}: {result}"
+
+
+@pytest.mark.parametrize("code", [torch.float8_e4m3fn, torch.float8_e5m2], ids=str)
+def test_an_unclamped_cast_overflows_as_eager_code_does(code, device):
+    """Scale 1, so that the values are the quotients: every rounding boundary near the largest code, and far beyond it."""
+    largest = {torch.float8_e4m3fn: 464.0, torch.float8_e5m2: 61440.0}[code]
+    near = torch.tensor(largest, device=device).view(torch.int32) + torch.arange(-60, 60, device=device)
+    x = torch.zeros(2, 128, device=device)
+    x[0, :120], x[1, :120] = near.to(torch.int32).view(F32), -near.to(torch.int32).view(F32)
+    x[:, -1] = 2.0**20
+    quantizer = Quantizer(code=code, divisor=2.0**20, clamp=None)
+    result = launch(FusedSpec(NoPrologue(), quantizer), x, None, None)
+    assert compare(result, [x.to(code), torch.ones(2, 1, device=device)]).equal
+
+
+@pytest.mark.parametrize("eps", [0.0, 1e-40])
+def test_norms_of_subnormal_means(eps, device):
+    """x² is a subnormal or the least normal number, and its sum over few values exact."""
+    x = torch.zeros(6, 256, device=device)
+    x[torch.arange(6), torch.arange(6) * 31] = 2.0 ** torch.arange(-70, -58, 2, device=device)
+    spec = FusedSpec(RMSNorm(eps, weight=Weight.NONE, mean=native(device)[1]), Quantizer(), value_output=F32)
+    result = compare(launch(spec, x, None, None), reference(spec, x, None, None))
+    assert result.equal, result
 
 
 def test_the_corrected_quotient_is_the_correctly_rounded_one(device):
