@@ -73,8 +73,21 @@ else:
 
     @triton.jit
     def silu(x):
-        """x / (1 + exp(-x)) of a f32 tile: ATen's silu_kernel on CUDA, which is compiled without fast math."""
-        return tl.math.div_rn(x, 1.0 + libdevice.exp(-x))
+        """x / (1 + exp(-x)) of a f32 tile: ATen's silu_kernel on CUDA, which is compiled without fast math.
+
+        The division is correctly rounded by Markstein's corrections, in fewer instructions than div.rn: the denominator
+        is at least 1, one beyond 2^64 is scaled down, and one that is 1 or infinite leaves nothing to round.
+        """
+        d = 1.0 + libdevice.exp(-x)
+        large = d > 1.8446744073709552e19
+        scaled = tl.where(large, d * 5.421010862427522e-20, d)
+        r = tl.inline_asm_elementwise("rcp.approx.ftz.f32 $0, $1;", "=f,f", [scaled], tl.float32, is_pure=True, pack=1)
+        r = tl.fma(tl.fma(scaled, -r, 1.0), r, r)
+        q = times(x, r)
+        q = tl.fma(tl.fma(q, scaled, -x), -r, q)
+        q = tl.fma(tl.fma(q, scaled, -x), -r, q)
+        q = tl.where(large, q * 5.421010862427522e-20, q)
+        return tl.where(d == 1.0, x, tl.where(d == float("inf"), x * 0.0, q))
 
     @triton.jit
     def times(x, y):
@@ -94,26 +107,25 @@ else:
 
     @triton.jit
     def divide(y, s):
-        """The correctly rounded y / s, for |y| not far above s's range of codes; s broadcasts against y.
+        """The correctly rounded y / s, in the precision that codes need; s >= 0 broadcasts against y, |y| <= 2^20 s.
 
         With r the correctly rounded 1/s, ``q = y*r`` followed by one residual correction is the correctly rounded quotient
         (Markstein, IBM J. Res. Dev. 34(1), 1990) unless r or the residual leaves the normal range. The residual of a
         quotient from 2^-17 on, half the least code, is a multiple of 2^-40 ulp(s), so it is exact for s from 2^-80 on;
-        lesser quotients give a zero code however they are rounded. Tiles with a scale beyond 2^-80 or 2^100, a zero, an
-        infinite or a NaN scale take the division instruction. The residual is formed as q*s - y and multiplied by
-        -r so that a zero quotient keeps the sign of y; Triton negates as 0 - x, which does not flip the sign of zero.
+        lesser quotients give a zero code however they are rounded. Scales below 2^-60 or above 2^100 are brought nearer
+        to 1 together with y: where that loses bits of y, the code is zero. With s zero, infinite or NaN, y * (1/s) already is what y / s is. The residual is formed as q*s - y and
+        multiplied by -r so that a zero quotient keeps the sign of y; Triton negates as 0 - x, which does not flip the
+        sign of zero.
         """
+        up = tl.where(s < 8.673617379884035e-19, 1.2379400392853803e27, 1.0)
+        shift = tl.where(s > 1.2676506002282294e30, 5.421010862427522e-20, up)
+        s = s * shift
+        y = y * shift
         r = tl.math.div_rn(tl.full(s.shape, 1.0, tl.float32), s)
-        ordinary = (s >= 8.271806125530277e-25) & (s <= 1.2676506002282294e30)
-        wide_s = tl.broadcast_to(s, y.shape)
-        wide_r = tl.broadcast_to(r, y.shape)
-        if tl.min(tl.ravel(ordinary.to(tl.int32)), 0) == 1:
-            q = times(y, wide_r)
-            excess = tl.fma(q, wide_s, -y)
-            q = tl.fma(excess, -wide_r, q)
-        else:
-            q = tl.math.div_rn(y, wide_s)
-        return q
+        regular = (s > 0.0) & (s < float("inf"))
+        q = times(y, tl.broadcast_to(r, y.shape))
+        excess = tl.fma(q, tl.broadcast_to(s, y.shape), -y)
+        return tl.where(regular, tl.fma(excess, tl.broadcast_to(-r, y.shape), q), q)
 
 
 @triton.jit

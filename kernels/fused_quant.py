@@ -24,7 +24,6 @@ def rms_norm(
     M,
     N: tl.constexpr,
     GROUP: tl.constexpr,
-    HAS_WEIGHT: tl.constexpr,
     DIVIDE_MEAN: tl.constexpr,
     EPS: tl.constexpr,
     INNER_ROUNDING: tl.constexpr,
@@ -39,7 +38,7 @@ def rms_norm(
         outputs = tl.full(squares.shape, M, tl.int64)
         mean = times(squares, tl.math.div_rn(outputs.to(tl.float32), (outputs * N).to(tl.float32)))
     x = round_to(x * reciprocal_root(mean + EPS), INNER_ROUNDING)
-    if HAS_WEIGHT:
+    if weight_ptr is not None:
         x = round_to(x * load(weight_ptr, columns, inside), PRODUCT_ROUNDING)
     else:
         x = round_to(x, PRODUCT_ROUNDING)
@@ -65,10 +64,6 @@ def fused_quant_kernel(
     GROUPS: tl.constexpr,
     LANES: tl.constexpr,
     PROLOGUE: tl.constexpr,
-    HAS_OTHER: tl.constexpr,
-    HAS_WEIGHT: tl.constexpr,
-    HAS_SUM: tl.constexpr,
-    HAS_VALUE: tl.constexpr,
     EPS: tl.constexpr,
     DIVIDE_MEAN: tl.constexpr,
     SUM_ROUNDING: tl.constexpr,
@@ -89,7 +84,7 @@ def fused_quant_kernel(
 
     x and other: (M, N), rows at ``x_stride`` and ``other_stride``; other is a norm's residual or an activation's up half.
     weight: (N,). code, sum, value: (M, N) contiguous. scale: (M, N // GROUP) f32, or with COLUMN_SCALES consecutive
-    (N // GROUP, scale_rows) matrices, each for ``scale_rows`` rows. Absent tensors are any pointer, with their flag false.
+    (N // GROUP, scale_rows) matrices, each for ``scale_rows`` rows. Absent tensors and what goes with them are None.
     """
     rows = (tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS))[:, None, None]
     groups = (tl.program_id(1) * GROUPS + tl.arange(0, GROUPS))[None, :, None]
@@ -101,9 +96,9 @@ def fused_quant_kernel(
 
     x = load(x_ptr, rows * x_stride + columns, mask)
     if PROLOGUE == "norm":
-        if HAS_OTHER:
+        if other_ptr is not None:
             x += load(other_ptr, rows * other_stride + columns, mask)
-            if HAS_SUM:
+            if sum_ptr is not None:
                 tl.store(sum_ptr + out, cast(x, sum_ptr.dtype.element_ty), mask)
             x = round_to(x, SUM_ROUNDING)
         x = rms_norm(
@@ -114,7 +109,6 @@ def fused_quant_kernel(
             M,
             N,
             GROUP,
-            HAS_WEIGHT,
             DIVIDE_MEAN,
             EPS,
             INNER_ROUNDING,
@@ -123,7 +117,7 @@ def fused_quant_kernel(
     if PROLOGUE == "silu_mul":
         up = load(other_ptr, rows * other_stride + columns, mask)
         x = round_to(round_to(silu(x), INNER_ROUNDING) * up, PRODUCT_ROUNDING)
-    if HAS_VALUE:
+    if value_ptr is not None:
         tl.store(value_ptr + out, cast(x, value_ptr.dtype.element_ty), mask)
 
     scale = dequantization_scale(amax(x, 2), AMAX_FLOOR, SCALE_FLOOR, DIVISOR, RECIPROCAL, SCALE_ROUNDING)
@@ -137,4 +131,4 @@ def fused_quant_kernel(
         at = (matrix * (N // GROUP) + groups) * scale_rows + (rows - matrix * scale_rows)
     else:
         at = rows * (N // GROUP) + groups
-    tl.store(scale_ptr + at, scale, present)
+    tl.store(scale_ptr + at, scale, (rows < M) & (groups < N // GROUP))

@@ -22,6 +22,7 @@ from fusion_pass.specs import (
     ScaleRule,
 )
 
+from .arithmetic import INTERPRETED
 from .fused_quant import fused_quant_kernel
 
 # Values that a program holds; measured on an H200, where 1 x 1024 tiles and one 4096-value row are nearest the floor.
@@ -58,10 +59,10 @@ def configure(spec: FusedSpec, row: int) -> LaunchConfig:
         return LaunchConfig(1, groups, lanes, _warps(groups * lanes))
     groups = triton.next_power_of_2(row // group)
     values = groups * lanes
-    residual = isinstance(spec.prologue, RMSNorm) and spec.prologue.residual_sum is not None
-    # Short rows leave lanes idle unless several share a program; a residual doubles what a row holds in registers.
-    rows = max(1, (2048 if values <= 1024 else 8192 if values == 4096 and not residual else values) // values)
-    return LaunchConfig(rows, groups, lanes, _warps(max(values, rows * values // 2)))
+    # Short rows leave lanes idle unless several share a program.
+    rows = max(1, 1024 // values)
+    wide = isinstance(spec.prologue, GatedActivation) or spec.quantizer.group is not None
+    return LaunchConfig(rows, groups, lanes, _warps(rows * values * (2 if wide else 1)))
 
 
 def _warps(values: int) -> int:
@@ -101,37 +102,32 @@ def launch(
         residual sum and the prologue's value if the spec asks for them. All contiguous.
     """
     row = x.shape[-1]
-    rows, others = _rows(x), None if other is None else _rows(other)
-    count = rows.shape[0]
+    group = spec.quantizer.group or row
+    x, x_stride = _rows(x)
+    other, other_stride = (None, None) if other is None else _rows(other)
     outputs = allocate(spec, x)
     remaining = iter(outputs[2:])
-    total = next(remaining) if spec.sum_output is not None else None
-    value = next(remaining) if spec.value_output is not None else None
     config = configure(spec, row)
-    group = spec.quantizer.group or row
+    count = x.numel() // row
     # Three dimensions: Inductor's launchers take no fewer.
     grid = (-(-count // config.rows), -(-(row // group) // config.groups), 1)
     wrap(fused_quant_kernel)[grid](
-        x_ptr=rows,
-        other_ptr=rows if others is None else others,
-        weight_ptr=rows if weight is None else weight.contiguous(),
+        x_ptr=x,
+        other_ptr=other,
+        weight_ptr=weight if weight is None or weight.is_contiguous() else weight.contiguous(),
         code_ptr=outputs[0],
         scale_ptr=outputs[1],
-        sum_ptr=rows if total is None else total,
-        value_ptr=rows if value is None else value,
+        sum_ptr=None if spec.sum_output is None else next(remaining),
+        value_ptr=None if spec.value_output is None else next(remaining),
         M=count,
-        scale_rows=x.shape[-2] if x.dim() > 1 else 1,
-        x_stride=rows.stride(0),
-        other_stride=rows.stride(0) if others is None else others.stride(0),
+        scale_rows=x.shape[-2] if spec.layout is ScaleLayout.COLUMN else None,
+        x_stride=x_stride,
+        other_stride=other_stride,
         N=row,
         GROUP=group,
         ROWS=config.rows,
         GROUPS=config.groups,
         LANES=config.lanes,
-        HAS_OTHER=other is not None,
-        HAS_WEIGHT=weight is not None,
-        HAS_SUM=total is not None,
-        HAS_VALUE=value is not None,
         **constants(spec),
         num_warps=config.warps,
     )
@@ -151,10 +147,16 @@ def allocate(spec: FusedSpec, x: torch.Tensor) -> list[torch.Tensor]:
     return outputs + [torch.empty(x.shape, dtype=dtype, device=x.device) for dtype in extras]
 
 
-def _rows(x: torch.Tensor) -> torch.Tensor:
-    """x as (M, N) with N contiguous, without a copy where its strides allow."""
-    rows = x.reshape(-1, x.shape[-1])
-    return rows if rows.stride(-1) == 1 else rows.contiguous()
+def _rows(x: torch.Tensor) -> tuple[torch.Tensor, int]:
+    """x, and the distance of its rows in values; a copy of x if its rows are not evenly spaced or not contiguous.
+
+    Where no copy is needed x itself is returned, not a view: Inductor computes an unrealised input anew for each view.
+    """
+    sizes, strides = x.shape, x.stride()
+    even = all(strides[i] == strides[i + 1] * sizes[i + 1] for i in range(x.dim() - 2))
+    if strides[-1] != 1 or not even:
+        x = x.contiguous()
+    return x, x.stride(-2) if x.dim() > 1 else x.shape[-1]
 
 
 def _overflow(quantizer: Quantizer) -> int | None:
@@ -211,7 +213,8 @@ def constants(spec: FusedSpec) -> dict[str, Any]:
         "RECIPROCAL": quantizer.scale_rule is ScaleRule.RECIPROCAL,
         "SCALE_ROUNDING": DTYPE_NAMES[quantizer.scale_dtype],
         "EXACT_QUOTIENT": quantizer.quotient_rule is QuotientRule.DIVIDE,
-        "CLAMP": quantizer.clamp,
+        # The device's casts clamp to the largest finite code by themselves; the interpreter's are PyTorch's.
+        "CLAMP": None if quantizer.clamp == torch.finfo(quantizer.code).max and not INTERPRETED else quantizer.clamp,
         "LARGEST": _LARGEST[quantizer.code],
         "OVERFLOW": _overflow(quantizer),
         "COLUMN_SCALES": spec.layout is ScaleLayout.COLUMN,
