@@ -18,10 +18,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from cases import CASES, Case
 
 import fusion_pass
 from fusion_pass.testing import compare
+
+from cases import CASES, Case
 
 _ROTATED_BYTES = 200 << 20
 

@@ -1,7 +1,6 @@
 """Unmodified code, compiled: what fuses, that it equals eager bit for bit, and what is refused."""
 
 import pytest
-import spelled
 import torch
 import torch.nn.functional as F  # noqa: N812
 from hypothesis import HealthCheck, given, settings
@@ -11,6 +10,8 @@ from fusion_pass.backends import collecting
 from fusion_pass.sites import Report
 from fusion_pass.specs import NoPrologue, ScaleLayout
 from fusion_pass.testing import compare
+
+import spelled
 
 BF16 = torch.bfloat16
 

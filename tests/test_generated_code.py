@@ -1,12 +1,13 @@
 """On a GPU: Inductor's generated code launches the fused kernels itself."""
 
 import pytest
-import spelled
 import torch
 from torch._inductor.utils import run_and_get_code
 
 import fusion_pass
 from fusion_pass.testing import compare
+
+import spelled
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="generated code launches kernels on a GPU only")
 

@@ -1,7 +1,6 @@
 """Switching the pass on and off, beside other passes; what the compile caches see of it."""
 
 import pytest
-import spelled
 import torch
 from torch._dynamo.utils import counters
 from torch._inductor import config
@@ -10,6 +9,8 @@ from torch._inductor.custom_graph_pass import CustomGraphPass
 import fusion_pass
 from fusion_pass import graph_pass, inductor
 from fusion_pass.testing import compare
+
+import spelled
 
 SLOTS = (inductor.PRE_JOINT, inductor.POST_GRAD)
 

@@ -1,12 +1,13 @@
 """Matching, rewriting and lowering of CUDA graphs, pretended: no GPU is needed."""
 
 import pytest
-import spelled
 import torch
 
 from fusion_pass import graph_pass, inductor
 from fusion_pass.fake_device import relabelled
 from fusion_pass.specs import Mean, ScaleRule
+
+import spelled
 
 BF16 = torch.bfloat16
 LAUNCH = torch.ops.higher_order.triton_kernel_wrapper_functional
