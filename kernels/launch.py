@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
@@ -152,11 +153,12 @@ def _rows(x: torch.Tensor) -> tuple[torch.Tensor, int]:
 
     Where no copy is needed x itself is returned, not a view: Inductor computes an unrealised input anew for each view.
     """
-    sizes, strides = x.shape, x.stride()
-    even = all(strides[i] == strides[i + 1] * sizes[i + 1] for i in range(x.dim() - 2))
-    if strides[-1] != 1 or not even:
-        x = x.contiguous()
-    return x, x.stride(-2) if x.dim() > 1 else x.shape[-1]
+    # A dim of one has any stride, also in a tensor that counts as contiguous, and separates no rows.
+    dims = [(size, stride) for size, stride in zip(x.shape[:-1], x.stride()[:-1], strict=True) if size != 1]
+    even = all(outer[1] == inner[0] * inner[1] for outer, inner in itertools.pairwise(dims))
+    if x.stride(-1) != 1 or not even:
+        return x.contiguous(), x.shape[-1]
+    return x, dims[-1][1] if dims else x.shape[-1]
 
 
 def _overflow(quantizer: Quantizer) -> int | None:

@@ -4,6 +4,7 @@ import itertools
 
 import pytest
 import torch
+from fusion_pass.kernels.launch import _rows as evenly_spaced_rows
 from fusion_pass.kernels.launch import configure, launch
 from fusion_pass.kernels.reference import reference
 
@@ -197,6 +198,29 @@ def test_strided_halves_are_not_copied(device):
     assert compare(tuple(ops.silu_mul_quant_fp8(gate, up, group=64)), tuple(expected)).equal
     transposed = torch.randn(256, 6, device=device).to(BF16).t()
     assert compare(tuple(ops.quant_fp8(transposed)), tuple(ops.quant_fp8(transposed.contiguous()))).equal
+
+
+@pytest.mark.parametrize(
+    ("view", "copied"),
+    [
+        (lambda x: x.unsqueeze(0).transpose(0, 1), False),  # counts as contiguous, though dim 1 has a stride of its own
+        (lambda x: x.unflatten(0, (4, 6))[:, -1:], False),
+        (lambda x: x.unflatten(0, (1, 24))[:, :, :64], False),
+        (lambda x: x.as_strided((1, 24, 128), (7, 128, 1)), False),
+        (lambda x: x[0].expand(5, -1), False),
+        (lambda x: x[0], False),
+        (lambda x: x.unflatten(0, (4, 6))[:, :4], True),
+        (lambda x: x.unflatten(0, (4, 6)).transpose(0, 1), True),
+        (lambda x: x[:, ::2], True),
+    ],
+)
+def test_rows_are_read_where_they_lie(view, copied, device):
+    x = view(torch.randn(24, 128, device=device))
+    spec = FusedSpec(NoPrologue(), Quantizer(group=32))
+    assert (evenly_spaced_rows(x)[0] is not x) is copied
+    assert compare(
+        launch(spec, x, None, None), reference(spec, x.clone(memory_format=torch.contiguous_format), None, None)
+    ).equal
 
 
 def test_no_rows(device):
