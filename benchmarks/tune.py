@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import itertools
+import math
 import sys
 from collections.abc import Iterator
 from unittest import mock
@@ -61,18 +62,28 @@ def inputs(spec: FusedSpec, rows: int, row: int) -> tuple[torch.Tensor, torch.Te
     return x, None, None
 
 
-def sweep(name: str, spec: FusedSpec, rows: int, row: int, copy: float) -> None:
-    reads = (2 if inputs(spec, 1, row)[1] is not None else 1) + (spec.sum_output is not None)
-    moved = rows * row * (2 * reads + 1)
-    buffers = [inputs(spec, rows, row) for _ in range(max(2, min(32, (200 << 20) // moved)))]
-    times = {}
-    for config in {configure(spec, row), *candidates(spec, row)}:
-        with mock.patch.object(launching, "configure", lambda spec, row, config=config: config):
-            times[config] = microseconds(lambda *a: launching.launch(spec, *a), buffers, replays=7)
-    chosen = times[configure(spec, row)]
-    best = sorted(times, key=times.__getitem__)[:3]
-    shown = ", ".join(f"{times[c]:.1f} ({c.rows} rows, {c.groups} groups, {c.warps} warps)" for c in best)
-    print(f"{name:26} {rows:6}x{row:<6} floor {moved / copy:6.1f}  chosen {chosen:6.1f}  best {shown}", flush=True)
+def sweep(name: str, spec: FusedSpec, counts: list[int], row: int, copy: float) -> None:
+    """Time every candidate at each number of rows, and rank by the geometric mean."""
+    configs = [configure(spec, row), *(c for c in candidates(spec, row) if c != configure(spec, row))]
+    times: dict[LaunchConfig, list[float]] = {config: [] for config in configs}
+    floors = []
+    for rows in counts:
+        reads = (2 if inputs(spec, 1, row)[1] is not None else 1) + (spec.sum_output is not None)
+        moved = rows * row * (2 * reads + 1)
+        floors.append(f"{moved / copy:.1f}")
+        buffers = [inputs(spec, rows, row) for _ in range(max(2, min(32, (200 << 20) // moved)))]
+        for config in configs:
+            with mock.patch.object(launching, "configure", lambda spec, row, config=config: config):
+                times[config].append(microseconds(lambda *a: launching.launch(spec, *a), buffers, replays=7))
+    best = sorted(configs, key=lambda c: math.prod(times[c]))[:4]
+    print(f"{name}, rows of {row}, M = {counts}: floor {floors}, chosen {_shown(configs[0], times)}")
+    for config in best:
+        print(f"    {_shown(config, times)}", flush=True)
+
+
+def _shown(config: LaunchConfig, times: dict[LaunchConfig, list[float]]) -> str:
+    measured = " ".join(f"{t:.1f}" for t in times[config])
+    return f"{measured} ({config.rows} rows, {config.groups} groups, {config.warps} warps)"
 
 
 def main() -> int:
@@ -82,8 +93,8 @@ def main() -> int:
     parser.add_argument("--cell", nargs="+", default=list(CELLS))
     arguments = parser.parse_args()
     copy = bandwidth()
-    for name, row, rows in itertools.product(arguments.cell, arguments.row, arguments.rows):
-        sweep(name, CELLS[name], rows, row, copy)
+    for name, row in itertools.product(arguments.cell, arguments.row):
+        sweep(name, CELLS[name], arguments.rows, row, copy)
     return 0
 
 

@@ -26,6 +26,7 @@ __all__ = [
     "compile_without_joint_passes",
     "fake_mode_of",
     "functional_launch",
+    "realize_kernel_inputs",
     "remove_pass",
     "sort_topologically",
 ]
@@ -81,6 +82,14 @@ def _without(current: Any, graph_pass: CustomGraphPass, before: Any) -> Any:
         rest = [p for p in current if p is not graph_pass]
         return before if isinstance(before, (list, tuple)) and rest == list(before) else type(current)(rest)
     return current
+
+
+def realize_kernel_inputs(wanted: bool) -> None:
+    """Have Inductor compute what a Triton kernel reads once, instead of anew for each kernel that reads it."""
+    from torch._higher_order_ops.triton_kernel_wrap import triton_kernel_wrapper_mutation
+    from torch._inductor.lowering import needs_realized_inputs
+
+    (needs_realized_inputs.add if wanted else needs_realized_inputs.discard)(triton_kernel_wrapper_mutation)
 
 
 def sort_topologically(graph: fx.Graph) -> None:

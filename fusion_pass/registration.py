@@ -40,6 +40,7 @@ def register(devices: Sequence[str] = ("cuda",), strict: bool = False) -> None:
             (inductor.POST_GRAD, FusionPass(devices, strict)),
         ):
             _installed.append((slot, graph_pass, inductor.add_pass(slot, graph_pass)))
+        inductor.realize_kernel_inputs(True)
 
 
 def unregister() -> None:
@@ -51,6 +52,7 @@ def unregister() -> None:
 
         while _installed:
             inductor.remove_pass(*_installed.pop())
+        inductor.realize_kernel_inputs(False)
 
 
 def is_registered() -> bool:

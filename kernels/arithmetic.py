@@ -51,7 +51,7 @@ if INTERPRETED:
     def silu(x):
         return _from_torch(torch.nn.functional.silu(_to_torch(x)), tl.float32)
 
-    def divide(y, s):
+    def divide(y, s, ORDINARY):
         return tl.math.div_rn(y, s)
 
     def times(x, y):
@@ -73,21 +73,8 @@ else:
 
     @triton.jit
     def silu(x):
-        """x / (1 + exp(-x)) of a f32 tile: ATen's silu_kernel on CUDA, which is compiled without fast math.
-
-        The division is correctly rounded by Markstein's corrections, in fewer instructions than div.rn: the denominator
-        is at least 1, one beyond 2^64 is scaled down, and one that is 1 or infinite leaves nothing to round.
-        """
-        d = 1.0 + libdevice.exp(-x)
-        large = d > 1.8446744073709552e19
-        scaled = tl.where(large, d * 5.421010862427522e-20, d)
-        r = tl.inline_asm_elementwise("rcp.approx.ftz.f32 $0, $1;", "=f,f", [scaled], tl.float32, is_pure=True, pack=1)
-        r = tl.fma(tl.fma(scaled, -r, 1.0), r, r)
-        q = times(x, r)
-        q = tl.fma(tl.fma(q, scaled, -x), -r, q)
-        q = tl.fma(tl.fma(q, scaled, -x), -r, q)
-        q = tl.where(large, q * 5.421010862427522e-20, q)
-        return tl.where(d == 1.0, x, tl.where(d == float("inf"), x * 0.0, q))
+        """x / (1 + exp(-x)) of a f32 tile: ATen's silu_kernel on CUDA, which is compiled without fast math."""
+        return tl.math.div_rn(x, 1.0 + libdevice.exp(-x))
 
     @triton.jit
     def times(x, y):
@@ -106,26 +93,31 @@ else:
         return tl.sum(tl.sum(x * x, 2, keep_dims=True), 1, keep_dims=True)
 
     @triton.jit
-    def divide(y, s):
+    def divide(y, s, ORDINARY: tl.constexpr):
         """The correctly rounded y / s, in the precision that codes need; s >= 0 broadcasts against y, |y| <= 2^20 s.
 
         With r the correctly rounded 1/s, ``q = y*r`` followed by one residual correction is the correctly rounded quotient
         (Markstein, IBM J. Res. Dev. 34(1), 1990) unless r or the residual leaves the normal range. The residual of a
         quotient from 2^-17 on, half the least code, is a multiple of 2^-40 ulp(s), so it is exact for s from 2^-80 on;
-        lesser quotients give a zero code however they are rounded. Scales below 2^-60 or above 2^100 are brought nearer
-        to 1 together with y: where that loses bits of y, the code is zero. With s zero, infinite or NaN, y * (1/s) already is what y / s is. The residual is formed as q*s - y and
-        multiplied by -r so that a zero quotient keeps the sign of y; Triton negates as 0 - x, which does not flip the
-        sign of zero.
+        lesser quotients give a zero code however they are rounded. The residual is formed as q*s - y and multiplied by
+        -r so that a zero quotient keeps the sign of y; Triton negates as 0 - x, which does not flip the sign of zero.
+
+        ORDINARY promises that s is from 2^-80 to 2^126, infinite or NaN. Other scales are brought nearer to 1 together
+        with y: where that loses bits of y, the code is zero. With s zero or infinite, y * (1/s) already is y / s.
         """
-        up = tl.where(s < 8.673617379884035e-19, 1.2379400392853803e27, 1.0)
-        shift = tl.where(s > 1.2676506002282294e30, 5.421010862427522e-20, up)
-        s = s * shift
-        y = y * shift
+        if not ORDINARY:
+            up = tl.where(s < 8.673617379884035e-19, 1.2379400392853803e27, 1.0)
+            shift = tl.where(s > 1.2676506002282294e30, 5.421010862427522e-20, up)
+            s = s * shift
+            y = y * shift
         r = tl.math.div_rn(tl.full(s.shape, 1.0, tl.float32), s)
-        regular = (s > 0.0) & (s < float("inf"))
-        q = times(y, tl.broadcast_to(r, y.shape))
-        excess = tl.fma(q, tl.broadcast_to(s, y.shape), -y)
-        return tl.where(regular, tl.fma(excess, tl.broadcast_to(-r, y.shape), q), q)
+        # 0 * y - y and -0 * -y leave the quotient of an infinite scale as it is.
+        infinite = s == float("inf")
+        factor = tl.broadcast_to(tl.where(infinite, 0.0, s), y.shape)
+        correction = tl.broadcast_to(tl.where(infinite, -0.0, -r), y.shape)
+        q = y * r
+        corrected = tl.fma(tl.fma(q, factor, -y), correction, q)
+        return corrected if ORDINARY else tl.where(s == 0.0, q, corrected)
 
 
 @triton.jit
@@ -191,6 +183,7 @@ def codes(
     scale,
     CLAMP: tl.constexpr,
     EXACT_QUOTIENT: tl.constexpr,
+    ORDINARY: tl.constexpr,
     LARGEST: tl.constexpr,
     OVERFLOW: tl.constexpr,
     dtype: tl.constexpr,
@@ -200,7 +193,7 @@ def codes(
     OVERFLOW None: the cast saturates, or the clamp leaves it nothing to saturate.
     """
     if EXACT_QUOTIENT:
-        q = divide(y, scale)
+        q = divide(y, scale, ORDINARY)
     else:
         q = y * tl.math.div_rn(tl.full(scale.shape, 1.0, tl.float32), scale)
     if CLAMP is not None:

@@ -75,6 +75,7 @@ def fused_quant_kernel(
     RECIPROCAL: tl.constexpr,
     SCALE_ROUNDING: tl.constexpr,
     EXACT_QUOTIENT: tl.constexpr,
+    ORDINARY: tl.constexpr,
     CLAMP: tl.constexpr,
     LARGEST: tl.constexpr,
     OVERFLOW: tl.constexpr,
@@ -124,7 +125,7 @@ def fused_quant_kernel(
     present = (rows < M) & (groups < N // GROUP)
     # The lanes of absent rows and groups must not send the tile's quotients the slow way.
     divisor = tl.where(present, scale, 1.0)
-    code = codes(x, divisor, CLAMP, EXACT_QUOTIENT, LARGEST, OVERFLOW, code_ptr.dtype.element_ty)
+    code = codes(x, divisor, CLAMP, EXACT_QUOTIENT, ORDINARY, LARGEST, OVERFLOW, code_ptr.dtype.element_ty)
     tl.store(code_ptr + out, code, mask)
     if COLUMN_SCALES:
         matrix = rows // scale_rows

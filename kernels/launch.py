@@ -62,8 +62,8 @@ def configure(spec: FusedSpec, row: int) -> LaunchConfig:
     values = groups * lanes
     # Short rows leave lanes idle unless several share a program.
     rows = max(1, 1024 // values)
-    wide = isinstance(spec.prologue, GatedActivation) or spec.quantizer.group is not None
-    return LaunchConfig(rows, groups, lanes, _warps(rows * values * (2 if wide else 1)))
+    gated = isinstance(spec.prologue, GatedActivation)
+    return LaunchConfig(rows, groups, lanes, _warps(rows * values * (2 if gated else 1)))
 
 
 def _warps(values: int) -> int:
@@ -161,6 +161,12 @@ def _rows(x: torch.Tensor) -> tuple[torch.Tensor, int]:
     return x, dims[-1][1] if dims else x.shape[-1]
 
 
+def _ordinary_scales(quantizer: Quantizer) -> bool:
+    """Whether every finite scale is from 2^-80 to 2^126, where quotients need no rescaling."""
+    least = max((quantizer.amax_floor or 0.0) / quantizer.divisor, quantizer.scale_floor or 0.0)
+    return least >= 2.0**-80 and quantizer.divisor >= 4 and (quantizer.scale_floor or 0.0) <= 2.0**126
+
+
 def _overflow(quantizer: Quantizer) -> int | None:
     """The code of a value too large for the dtype, or None where no value is or the cast saturates.
 
@@ -215,6 +221,7 @@ def constants(spec: FusedSpec) -> dict[str, Any]:
         "RECIPROCAL": quantizer.scale_rule is ScaleRule.RECIPROCAL,
         "SCALE_ROUNDING": DTYPE_NAMES[quantizer.scale_dtype],
         "EXACT_QUOTIENT": quantizer.quotient_rule is QuotientRule.DIVIDE,
+        "ORDINARY": _ordinary_scales(quantizer),
         # The device's casts clamp to the largest finite code by themselves; the interpreter's are PyTorch's.
         "CLAMP": None if quantizer.clamp == torch.finfo(quantizer.code).max and not INTERPRETED else quantizer.clamp,
         "LARGEST": _LARGEST[quantizer.code],
