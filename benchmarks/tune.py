@@ -73,7 +73,7 @@ def sweep(name: str, spec: FusedSpec, counts: list[int], row: int, copy: float) 
         floors.append(f"{moved / copy:.1f}")
         buffers = [inputs(spec, rows, row) for _ in range(max(2, min(32, (200 << 20) // moved)))]
         for config in configs:
-            with mock.patch.object(launching, "configure", lambda spec, row, config=config: config):
+            with mock.patch.object(launching, "configure", lambda *_, config=config, **__: config):
                 times[config].append(microseconds(lambda *a: launching.launch(spec, *a), buffers, replays=7))
     best = sorted(configs, key=lambda c: math.prod(times[c]))[:4]
     print(f"{name}, rows of {row}, M = {counts}: floor {floors}, chosen {_shown(configs[0], times)}")

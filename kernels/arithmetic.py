@@ -100,7 +100,8 @@ else:
         (Markstein, IBM J. Res. Dev. 34(1), 1990) unless r or the residual leaves the normal range. The residual of a
         quotient from 2^-17 on, half the least code, is a multiple of 2^-40 ulp(s), so it is exact for s from 2^-80 on;
         lesser quotients give a zero code however they are rounded. The residual is formed as q*s - y and multiplied by
-        -r so that a zero quotient keeps the sign of y; Triton negates as 0 - x, which does not flip the sign of zero.
+        -r so that a zero quotient keeps the sign of y. Negations are products with -1: Triton's are differences from 0,
+        which do not flip the sign of zero.
 
         ORDINARY promises that s is from 2^-80 to 2^126, infinite or NaN. Other scales are brought nearer to 1 together
         with y: where that loses bits of y, the code is zero. With s zero or infinite, y * (1/s) already is y / s.
@@ -111,12 +112,10 @@ else:
             s = s * shift
             y = y * shift
         r = tl.math.div_rn(tl.full(s.shape, 1.0, tl.float32), s)
-        # 0 * y - y and -0 * -y leave the quotient of an infinite scale as it is.
-        infinite = s == float("inf")
-        factor = tl.broadcast_to(tl.where(infinite, 0.0, s), y.shape)
-        correction = tl.broadcast_to(tl.where(infinite, -0.0, -r), y.shape)
+        # An infinite scale has r = 0: with 0 for s as well, the correction is a zero of the quotient's sign.
+        factor = tl.broadcast_to(tl.where(s == float("inf"), 0.0, s), y.shape)
         q = y * r
-        corrected = tl.fma(tl.fma(q, factor, -y), correction, q)
+        corrected = tl.fma(tl.fma(q, factor, y * -1.0), tl.broadcast_to(r * -1.0, y.shape), q)
         return corrected if ORDINARY else tl.where(s == 0.0, q, corrected)
 
 

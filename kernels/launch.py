@@ -29,6 +29,7 @@ from .fused_quant import fused_quant_kernel
 # Values that a program holds; measured on an H200, where 1 x 1024 tiles and one 4096-value row are nearest the floor.
 _TILE_VALUES = 1024
 _LONGEST_ROW = 65536
+_FEW_VALUES = 1 << 20
 # The largest magnitude that rounds to a finite code: beyond it, eager code's cast overflows or saturates.
 _LARGEST = {torch.float8_e4m3fn: 464.0, torch.float8_e5m2: 61439.99609375}
 
@@ -51,26 +52,30 @@ class LaunchConfig:
 
 
 @cache
-def configure(spec: FusedSpec, row: int) -> LaunchConfig:
-    """The launch configuration for rows of ``row`` values; it does not depend on how many there are."""
+def configure(spec: FusedSpec, row: int, few_rows: bool = False) -> LaunchConfig:
+    """The launch configuration for rows of ``row`` values.
+
+    What decides is the cell and the row length; only tiles are made smaller where few rows leave processors idle. See
+    benchmarks/tune.py for the measurements (one H200) behind the numbers.
+    """
     group = spec.quantizer.group or row
     lanes = triton.next_power_of_2(group)
-    if not isinstance(spec.prologue, RMSNorm) and spec.quantizer.group is not None:
-        groups = min(max(1, _TILE_VALUES // lanes), triton.next_power_of_2(row // group))
-        return LaunchConfig(1, groups, lanes, _warps(groups * lanes))
     groups = triton.next_power_of_2(row // group)
+    if not isinstance(spec.prologue, RMSNorm) and spec.quantizer.group is not None:
+        groups = min(max(1, _TILE_VALUES // lanes // (2 if few_rows else 1)), groups)
+        return LaunchConfig(1, groups, lanes, _warps(groups * lanes, per_thread=8 if few_rows else 16))
     values = groups * lanes
     # Short rows leave lanes idle unless several share a program.
     rows = max(1, 1024 // values)
+    # A gated activation takes a division and an exponential of each value: more warps hide them.
     gated = isinstance(spec.prologue, GatedActivation)
-    return LaunchConfig(rows, groups, lanes, _warps(rows * values * (2 if gated else 1)))
+    return LaunchConfig(
+        rows, groups, lanes, _warps(rows * values, per_thread=16 if gated else 32 if values < 8192 else 64)
+    )
 
 
-def _warps(values: int) -> int:
-    for warps, most in ((1, 512), (2, 2048), (4, 8192), (8, 16384)):
-        if values <= most:
-            return warps
-    return 16
+def _warps(values: int, per_thread: int) -> int:
+    return min(max(1, values // (32 * per_thread)), 32)
 
 
 def check_row(spec: FusedSpec, row: int) -> None:
@@ -108,8 +113,8 @@ def launch(
     other, other_stride = (None, None) if other is None else _rows(other)
     outputs = allocate(spec, x)
     remaining = iter(outputs[2:])
-    config = configure(spec, row)
     count = x.numel() // row
+    config = configure(spec, row, few_rows=isinstance(count, int) and count * row <= _FEW_VALUES)
     # Three dimensions: Inductor's launchers take no fewer.
     grid = (-(-count // config.rows), -(-(row // group) // config.groups), 1)
     wrap(fused_quant_kernel)[grid](
@@ -163,7 +168,9 @@ def _rows(x: torch.Tensor) -> tuple[torch.Tensor, int]:
 
 def _ordinary_scales(quantizer: Quantizer) -> bool:
     """Whether every finite scale is from 2^-80 to 2^126, where quotients need no rescaling."""
-    least = max((quantizer.amax_floor or 0.0) / quantizer.divisor, quantizer.scale_floor or 0.0)
+    # A float16 scale may be rounded to zero from a floored amax.
+    amax_floor = 0.0 if quantizer.scale_dtype is torch.float16 else quantizer.amax_floor or 0.0
+    least = max(amax_floor / quantizer.divisor, quantizer.scale_floor or 0.0)
     return least >= 2.0**-80 and quantizer.divisor >= 4 and (quantizer.scale_floor or 0.0) <= 2.0**126
 
 
