@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import functools
 import os
+import re
 import statistics
 import sys
 import time
@@ -27,6 +28,7 @@ warnings.filterwarnings("ignore")
 
 import torchao.quantization.quant_api as quant_api
 import transformers
+from torch._inductor.utils import run_and_get_code
 from torchao.quantization import Float8DynamicActivationFloat8WeightConfig, PerRow, quantize_
 
 import fusion_pass
@@ -93,11 +95,26 @@ def show_fusions(model: torch.nn.Module, ids: torch.Tensor) -> bool:
     return bool(report.fused) and not any(m.kind == "quantizer" for m in report.missed) and result.equal
 
 
+def launches(model: Callable[..., Any], ids: torch.Tensor) -> str:
+    """What Inductor's generated code launches: Triton kernels, ours among them, and calls of other ops."""
+    _, codes = run_and_get_code(model, ids)
+    body = "\n".join(code[code.index("def call(") :] for code in codes)
+    ours = len(re.findall(r"fused_quant_kernel\w*\.run\(", body))
+    return (
+        f"{len(re.findall(r'[.]run[(]', body))} Triton kernels, {ours} of them fused_quant_kernel, "
+        f"{len(re.findall(r'extern_kernels[.]', body))} extern kernels, "
+        f"{body.count('torch.ops.fusion_pass')} calls of torch.ops.fusion_pass"
+    )
+
+
 def show_times(model: torch.nn.Module, vocabulary: int) -> bool:
     """Time Inductor's forward with and without the pass, launched and as a CUDA graph."""
     torch._dynamo.reset()
     plain = functools.partial(hidden_states, torch.compile(model, dynamic=False))
     fused = functools.partial(hidden_states, torch.compile(model, dynamic=False, backend="fusion_pass"))
+    ids = torch.randint(0, vocabulary, (1, 16), device="cuda")
+    print(f"generated code without the pass: {launches(plain, ids)}")
+    print(f"generated code with the pass:    {launches(fused, ids)}")
     slower = False
     for batch, length in ((1, 1), (64, 1), (2, 2048)):
         ids = torch.randint(0, vocabulary, (batch, length), device="cuda")

@@ -21,7 +21,7 @@ def fusion_pass(gm: fx.GraphModule, inputs: Sequence[Any], **options: Any) -> Ca
     from torch._inductor.compile_fx import compile_fx
 
     with registration.enabled(registration.DEVICES):
-        return compile_fx(gm, inputs, config_patches=options.get("options"))  # type: ignore[no-any-return]
+        return compile_fx(gm, inputs, config_patches=options.get("options"))  # type: ignore[no-any-return, return-value]
 
 
 def fusion_pass_eager(gm: fx.GraphModule, inputs: Sequence[Any], **_: Any) -> Callable[..., Any]:

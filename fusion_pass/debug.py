@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 from torch import fx
-from torch._logging import trace_structured
+from torch._logging._internal import trace_structured
 
 from . import settings
 from .sites import Report

@@ -89,7 +89,8 @@ def realize_kernel_inputs(wanted: bool) -> None:
     from torch._higher_order_ops.triton_kernel_wrap import triton_kernel_wrapper_mutation
     from torch._inductor.lowering import needs_realized_inputs
 
-    (needs_realized_inputs.add if wanted else needs_realized_inputs.discard)(triton_kernel_wrapper_mutation)
+    kernels: Any = needs_realized_inputs
+    (kernels.add if wanted else kernels.discard)(triton_kernel_wrapper_mutation)
 
 
 def sort_topologically(graph: fx.Graph) -> None:
@@ -111,10 +112,10 @@ def compile_without_joint_passes(
 ) -> Callable[..., Any]:
     """AOTAutograd with Inductor's decompositions, each resulting graph given to ``compiler``: no codegen."""
     from torch._dynamo.backends.common import aot_autograd
-    from torch._inductor.compile_fx import select_decomp_table
+    from torch._inductor.decomposition import select_decomp_table
 
     def boxed(graph: fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
-        from torch._functorch.aot_autograd import make_boxed_func
+        from torch._functorch._aot_autograd.utils import make_boxed_func
 
         return make_boxed_func(compiler(graph, example_inputs))  # type: ignore[no-any-return]
 

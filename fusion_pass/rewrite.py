@@ -83,7 +83,8 @@ class _Editor:
 
     def _widened(self, origin: fx.Node, wanted: torch.dtype | None) -> list[fx.Node]:
         """The exact casts of origin's value to ``wanted``, behind any views."""
-        found, pending = [], [origin]
+        found: list[fx.Node] = []
+        pending = [origin]
         while pending:
             for user in pending.pop().users:
                 if self.values.is_transparent(user):

@@ -67,6 +67,12 @@ def cast_dtype(node: fx.Node) -> torch.dtype | None:
     return result.dtype
 
 
+def _is_rounding(node: fx.Node) -> bool:
+    """Whether node is a cast from one float dtype to another."""
+    source = node.args[0] if node.args else None
+    return cast_dtype(node) in FLOATS and isinstance(source, fx.Node) and dtype(source) in FLOATS
+
+
 def _widens(source: torch.dtype, target: torch.dtype) -> bool:
     return source == target or (source in (torch.bfloat16, torch.float16) and target == torch.float32)
 
@@ -108,17 +114,19 @@ class Values:
         An operation on bf16 tensors computes in f32 and rounds: its rounding is its own dtype.
         """
         core = self.core(node)
-        rounding = torch.float32
-        while (target := cast_dtype(core)) in FLOATS and dtype(core.args[0]) in FLOATS:  # type: ignore[arg-type]
+        rounding: torch.dtype | None = torch.float32
+        while _is_rounding(core):
+            target = dtype(core)
             if rounding not in (torch.float32, target):
                 return None
-            rounding = target  # type: ignore[assignment]
+            rounding = target
             core = self.core(core.args[0])  # type: ignore[arg-type]
         own = dtype(core)
-        if own in FLOATS and own is not torch.float32:
+        if own is torch.bfloat16 or own is torch.float16:
             if rounding not in (torch.float32, own):
                 return None
             rounding = own
+        assert rounding is not None
         return core, rounding
 
     def chain(self, node: fx.Node) -> Iterator[fx.Node]:
