@@ -36,7 +36,8 @@ $(READY): pyproject.toml constraints.txt Makefile
 	if $(PYTHON) -c 'import torch, triton' 2>/dev/null; then \
 	    $(PYTHON) -c 'import sysconfig; print(sysconfig.get_path("purelib"))' \
 	        > "$$($(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/parent.pth" && \
-	    $(BIN)/python -m pip install -q --no-build-isolation -e '.[test,models]'; \
+	    { $(BIN)/python -m pip install -q -e '.[test,models]' || \
+	      $(BIN)/python -m pip install -q --no-build-isolation -e '.[test,models]'; }; \
 	else \
 	    $(BIN)/python -m pip install -q -c constraints.txt -e '.[dev]'; \
 	fi

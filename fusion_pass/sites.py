@@ -9,7 +9,17 @@ from typing import Any
 import torch
 from torch import fx
 
-from .specs import DTYPE_NAMES, FusedSpec, GatedActivation, NoPrologue, Prologue, Quantizer, RMSNorm, ScaleLayout
+from .specs import (
+    DTYPE_NAMES,
+    FusedSpec,
+    GatedActivation,
+    NoPrologue,
+    Prologue,
+    Quantizer,
+    RMSNorm,
+    ScaleLayout,
+    Weight,
+)
 
 
 @dataclass
@@ -116,11 +126,14 @@ def prologue_name(prologue: Prologue) -> str:
     if isinstance(prologue, GatedActivation):
         return f"{prologue.activation.value}_mul"
     assert isinstance(prologue, RMSNorm)
-    return "rms_norm" if prologue.residual_sum is None else "add_rms_norm"
+    norm = "gemma_rms_norm" if prologue.weight is Weight.ONE_PLUS else "rms_norm"
+    return norm if prologue.residual_sum is None else f"add_{norm}"
 
 
 def quantizer_name(quantizer: Quantizer) -> str:
-    return "per_token" if quantizer.group is None else f"per_group_{quantizer.group}"
+    granularity = "per_token" if quantizer.group is None else f"per_group_{quantizer.group}"
+    prefix = "int8_" if quantizer.code is torch.int8 else ""
+    return prefix + granularity + ("_ue8m0" if quantizer.power_of_two else "")
 
 
 _FRAME = re.compile(r'File "(?P<file>[^"]+)", line (?P<line>\d+), in (?P<function>\S+)')

@@ -22,11 +22,12 @@ DTYPE_NAMES: dict[torch.dtype, str] = {
     torch.float16: "f16",
     torch.float8_e4m3fn: "e4m3fn",
     torch.float8_e5m2: "e5m2",
+    torch.int8: "int8",
 }
 _DTYPES = {name: dtype for dtype, name in DTYPE_NAMES.items()}
 
 ROUNDING_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-CODE_DTYPES = (torch.float8_e4m3fn, torch.float8_e5m2)
+CODE_DTYPES = (torch.float8_e4m3fn, torch.float8_e5m2, torch.int8)
 
 
 class Weight(enum.Enum):
@@ -34,13 +35,27 @@ class Weight(enum.Enum):
 
     NONE = "none"
     PLAIN = "plain"
+    ONE_PLUS = "one_plus"  # 1 + weight in float32, as Gemma does
 
 
 class Mean(enum.Enum):
-    """How the mean of squares comes from their sum: eager CPU divides by N, eager CUDA multiplies by f32(1/N)."""
+    """How the mean of squares comes from their sum.
+
+    ``mean()`` divides by N on a CPU; on CUDA it multiplies by float(rows) / float(elements). ``sum() / N`` multiplies by
+    f32(1/N) there.
+    """
 
     DIVIDE = "divide"
     RECIPROCAL = "reciprocal"
+    SCALAR = "scalar"
+
+
+class Root(enum.Enum):
+    """How x is divided by the root mean square: x * rsqrt(v), x * (1 / sqrt(v)) or x / sqrt(v)."""
+
+    RSQRT = "rsqrt"
+    RECIPROCAL_SQRT = "reciprocal_sqrt"
+    DIVIDE_SQRT = "divide_sqrt"
 
 
 class Activation(enum.Enum):
@@ -62,6 +77,13 @@ class QuotientRule(enum.Enum):
 
     DIVIDE = "divide"
     RECIPROCAL = "reciprocal"
+
+
+class Rounding(enum.Enum):
+    """How a value becomes a code: as the cast rounds it, or to the nearest even integer first."""
+
+    CAST = "cast"
+    NEAREST_EVEN = "nearest_even"
 
 
 class ScaleLayout(enum.Enum):
@@ -104,6 +126,7 @@ class RMSNorm:
         product: dtype to which the product with the weight is rounded (float32: not rounded).
         residual_sum: None without a residual; else the dtype to which x + residual is rounded before the norm reads it
             (float32: the norm reads the unrounded sum).
+        root: how x is divided by the root mean square.
     """
 
     eps: float
@@ -112,6 +135,7 @@ class RMSNorm:
     normalized: torch.dtype = torch.float32
     product: torch.dtype = torch.float32
     residual_sum: torch.dtype | None = None
+    root: Root = Root.RSQRT
 
     def __post_init__(self) -> None:
         _require(math.isfinite(self.eps), "eps", self.eps, "a finite number")
@@ -145,12 +169,12 @@ Prologue = NoPrologue | RMSNorm | GatedActivation
 
 @dataclass(frozen=True)
 class Quantizer:
-    """Dynamic fp8 quantization with one dequantization scale per token (group None) or per group of consecutive values.
+    """Dynamic quantization with one dequantization scale per token (group None) or per group of consecutive values.
 
-    scale = max(max(amax, amax_floor) over divisor, scale_floor); code = cast(clamp(value over scale, ±clamp)).
+    scale = max(pow2(max(amax, amax_floor) over divisor), scale_floor); code = cast(clamp(round(value over scale))).
 
     Attributes:
-        code: the fp8 dtype of the codes.
+        code: the fp8 dtype of the codes, or int8.
         divisor: what amax is divided by to give the scale, usually the largest code.
         group: values per scale along the row, or None for one scale per row.
         amax_floor: lower bound of amax, or None.
@@ -158,7 +182,10 @@ class Quantizer:
         scale_rule: how the division by ``divisor`` is done.
         scale_dtype: dtype in which the scale is computed and to which it is rounded; it is stored as float32.
         quotient_rule: how values are divided by the scale.
-        clamp: bound of the values before the cast, or None for none.
+        clamp: upper bound of the values before the cast, or None for no bounds.
+        clamp_low: lower bound, or None for -clamp.
+        rounding: how values are rounded to codes.
+        power_of_two: whether scales are rounded up to powers of two, exp2(ceil(log2(scale))), as UE8M0 consumers need.
     """
 
     code: torch.dtype = torch.float8_e4m3fn
@@ -170,6 +197,9 @@ class Quantizer:
     scale_dtype: torch.dtype = torch.float32
     quotient_rule: QuotientRule = QuotientRule.DIVIDE
     clamp: float | None = 448.0
+    clamp_low: float | None = None
+    rounding: Rounding = Rounding.CAST
+    power_of_two: bool = False
 
     def __post_init__(self) -> None:
         _require(self.code in CODE_DTYPES, "code", self.code, ", ".join(map(str, CODE_DTYPES)))
@@ -179,6 +209,7 @@ class Quantizer:
         for name in ("amax_floor", "scale_floor", "clamp"):
             value = getattr(self, name)
             _require(value is None or value > 0, name, value, "None or a positive number")
+        _require(self.code is not torch.int8 or self.clamp is not None, "clamp", None, "a number for int8 codes")
 
 
 @dataclass(frozen=True)
@@ -228,6 +259,8 @@ _ENUM_FIELDS: dict[str, type[enum.Enum]] = {
     "activation": Activation,
     "scale_rule": ScaleRule,
     "quotient_rule": QuotientRule,
+    "root": Root,
+    "rounding": Rounding,
     "layout": ScaleLayout,
 }
 

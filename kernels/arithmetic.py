@@ -24,6 +24,7 @@ _TORCH_DTYPES = {
     tl.float16: torch.float16,
     tl.float8e4nv: torch.float8_e4m3fn,
     tl.float8e5: torch.float8_e5m2,
+    tl.int8: torch.int8,
 }
 # The types numpy lacks travel through the interpreter as their bits.
 _BITS = {tl.bfloat16: torch.uint16, tl.float8e4nv: torch.uint8, tl.float8e5: torch.uint8}
@@ -60,6 +61,12 @@ if INTERPRETED:
     def reciprocal_root(x):
         return tl.math.rsqrt(x)
 
+    def nearest_even(x):
+        return _from_torch(_to_torch(x).round(), tl.float32)
+
+    def power_of_two_above(x):
+        return _from_torch(_to_torch(x).log2().ceil().exp2(), tl.float32)
+
     def sum_of_squares(x, GROUP, N):
         rows = _to_torch(x)[:, :, : int(GROUP)].flatten(1)[:, : int(N)]
         return _from_torch(rows.square().sum(1)[:, None, None], tl.float32)
@@ -86,6 +93,16 @@ else:
     def reciprocal_root(x):
         """CUDA's rsqrtf, which is the instruction that does not flush subnormals; tl.math.rsqrt and libdevice's do."""
         return tl.inline_asm_elementwise("rsqrt.approx.f32 $0, $1;", "=f,f", [x], tl.float32, is_pure=True, pack=1)
+
+    @triton.jit
+    def nearest_even(x):
+        """torch.round: the nearest integer, halves to even."""
+        return libdevice.rint(x)
+
+    @triton.jit
+    def power_of_two_above(x):
+        """exp2(ceil(log2(x))) as ATen's kernels compute it on CUDA."""
+        return libdevice.exp2(libdevice.ceil(libdevice.log2(x)))
 
     @triton.jit
     def sum_of_squares(x, GROUP: tl.constexpr, N: tl.constexpr):
@@ -153,6 +170,7 @@ def dequantization_scale(
     DIVISOR: tl.constexpr,
     RECIPROCAL: tl.constexpr,
     SCALE_ROUNDING: tl.constexpr,
+    POWER_OF_TWO: tl.constexpr,
 ):
     """The scale from amax: divided by DIVISOR, or with RECIPROCAL times its f32 reciprocal."""
     if AMAX_FLOOR is not None:
@@ -163,6 +181,8 @@ def dequantization_scale(
     else:
         scale = tl.math.div_rn(peak, tl.full(peak.shape, DIVISOR, tl.float32))
     scale = round_to(scale, SCALE_ROUNDING)
+    if POWER_OF_TWO:
+        scale = power_of_two_above(scale)
     if SCALE_FLOOR is not None:
         scale = at_least(scale, SCALE_FLOOR)
     return scale
@@ -180,6 +200,8 @@ def cast_overflowing(q, LARGEST: tl.constexpr, OVERFLOW: tl.constexpr, dtype: tl
 def codes(
     y,
     scale,
+    NEAREST_EVEN: tl.constexpr,
+    CLAMP_LOW: tl.constexpr,
     CLAMP: tl.constexpr,
     EXACT_QUOTIENT: tl.constexpr,
     ORDINARY: tl.constexpr,
@@ -195,8 +217,10 @@ def codes(
         q = divide(y, scale, ORDINARY)
     else:
         q = y * tl.math.div_rn(tl.full(scale.shape, 1.0, tl.float32), scale)
+    if NEAREST_EVEN:
+        q = nearest_even(q)
     if CLAMP is not None:
-        q = tl.clamp(q, -CLAMP, CLAMP, propagate_nan=tl.PropagateNan.ALL)
+        q = tl.clamp(q, CLAMP_LOW, CLAMP, propagate_nan=tl.PropagateNan.ALL)
     if OVERFLOW is not None:
         code = cast_overflowing(q, LARGEST, OVERFLOW, dtype)
     else:

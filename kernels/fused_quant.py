@@ -24,22 +24,37 @@ def rms_norm(
     M,
     N: tl.constexpr,
     GROUP: tl.constexpr,
-    DIVIDE_MEAN: tl.constexpr,
+    MEAN: tl.constexpr,
+    ROOT: tl.constexpr,
+    ONE_PLUS: tl.constexpr,
     EPS: tl.constexpr,
     INNER_ROUNDING: tl.constexpr,
     PRODUCT_ROUNDING: tl.constexpr,
 ):
     """x * rsqrt(mean(x^2) + eps) * weight, rounded where the spec says, for a (rows, groups, lanes) tile of whole rows."""
     squares = sum_of_squares(x, GROUP, N)
-    if DIVIDE_MEAN:
+    if MEAN == "divide":
         mean = tl.math.div_rn(squares, tl.full(squares.shape, N, tl.float32))
+    elif MEAN == "scalar":
+        mean = times(
+            squares, tl.math.div_rn(tl.full(squares.shape, 1.0, tl.float32), tl.full(squares.shape, N, tl.float32))
+        )
     else:
         # ATen's mean on CUDA multiplies by float(outputs) / float(elements).
         outputs = tl.full(squares.shape, M, tl.int64)
         mean = times(squares, tl.math.div_rn(outputs.to(tl.float32), (outputs * N).to(tl.float32)))
-    x = round_to(x * reciprocal_root(mean + EPS), INNER_ROUNDING)
+    if ROOT == "rsqrt":
+        x *= reciprocal_root(mean + EPS)
+    elif ROOT == "reciprocal_sqrt":
+        x *= tl.math.div_rn(tl.full(mean.shape, 1.0, tl.float32), tl.math.sqrt_rn(mean + EPS))
+    else:
+        x = tl.math.div_rn(x, tl.broadcast_to(tl.math.sqrt_rn(mean + EPS), x.shape))
+    x = round_to(x, INNER_ROUNDING)
     if weight_ptr is not None:
-        x = round_to(x * load(weight_ptr, columns, inside), PRODUCT_ROUNDING)
+        weight = load(weight_ptr, columns, inside)
+        if ONE_PLUS:
+            weight += 1.0
+        x = round_to(x * weight, PRODUCT_ROUNDING)
     else:
         x = round_to(x, PRODUCT_ROUNDING)
     return x
@@ -65,7 +80,9 @@ def fused_quant_kernel(
     LANES: tl.constexpr,
     PROLOGUE: tl.constexpr,
     EPS: tl.constexpr,
-    DIVIDE_MEAN: tl.constexpr,
+    MEAN: tl.constexpr,
+    ROOT: tl.constexpr,
+    ONE_PLUS: tl.constexpr,
     SUM_ROUNDING: tl.constexpr,
     INNER_ROUNDING: tl.constexpr,
     PRODUCT_ROUNDING: tl.constexpr,
@@ -74,8 +91,11 @@ def fused_quant_kernel(
     DIVISOR: tl.constexpr,
     RECIPROCAL: tl.constexpr,
     SCALE_ROUNDING: tl.constexpr,
+    POWER_OF_TWO: tl.constexpr,
     EXACT_QUOTIENT: tl.constexpr,
     ORDINARY: tl.constexpr,
+    NEAREST_EVEN: tl.constexpr,
+    CLAMP_LOW: tl.constexpr,
     CLAMP: tl.constexpr,
     LARGEST: tl.constexpr,
     OVERFLOW: tl.constexpr,
@@ -110,7 +130,9 @@ def fused_quant_kernel(
             M,
             N,
             GROUP,
-            DIVIDE_MEAN,
+            MEAN,
+            ROOT,
+            ONE_PLUS,
             EPS,
             INNER_ROUNDING,
             PRODUCT_ROUNDING,
@@ -121,11 +143,22 @@ def fused_quant_kernel(
     if value_ptr is not None:
         tl.store(value_ptr + out, cast(x, value_ptr.dtype.element_ty), mask)
 
-    scale = dequantization_scale(amax(x, 2), AMAX_FLOOR, SCALE_FLOOR, DIVISOR, RECIPROCAL, SCALE_ROUNDING)
+    scale = dequantization_scale(amax(x, 2), AMAX_FLOOR, SCALE_FLOOR, DIVISOR, RECIPROCAL, SCALE_ROUNDING, POWER_OF_TWO)
     present = (rows < M) & (groups < N // GROUP)
     # The lanes of absent rows and groups must not send the tile's quotients the slow way.
     divisor = tl.where(present, scale, 1.0)
-    code = codes(x, divisor, CLAMP, EXACT_QUOTIENT, ORDINARY, LARGEST, OVERFLOW, code_ptr.dtype.element_ty)
+    code = codes(
+        x,
+        divisor,
+        NEAREST_EVEN,
+        CLAMP_LOW,
+        CLAMP,
+        EXACT_QUOTIENT,
+        ORDINARY,
+        LARGEST,
+        OVERFLOW,
+        code_ptr.dtype.element_ty,
+    )
     tl.store(code_ptr + out, code, mask)
     if COLUMN_SCALES:
         matrix = rows // scale_rows

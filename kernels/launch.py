@@ -15,12 +15,13 @@ from fusion_pass.specs import (
     DTYPE_NAMES,
     FusedSpec,
     GatedActivation,
-    Mean,
     Quantizer,
     QuotientRule,
     RMSNorm,
+    Rounding,
     ScaleLayout,
     ScaleRule,
+    Weight,
 )
 
 from .arithmetic import INTERPRETED
@@ -166,6 +167,13 @@ def _rows(x: torch.Tensor) -> tuple[torch.Tensor, int]:
     return x, dims[-1][1] if dims else x.shape[-1]
 
 
+def _cast_clamps(quantizer: Quantizer) -> bool:
+    """Whether the device's cast clamps to the bounds by itself; the interpreter's cast is PyTorch's, which may not."""
+    if INTERPRETED or quantizer.code is torch.int8 or quantizer.clamp_low is not None:
+        return False
+    return quantizer.clamp == torch.finfo(quantizer.code).max
+
+
 def _ordinary_scales(quantizer: Quantizer) -> bool:
     """Whether every finite scale is from 2^-80 to 2^126, where quotients need no rescaling."""
     # A float16 scale may be rounded to zero from a floored amax.
@@ -179,7 +187,7 @@ def _overflow(quantizer: Quantizer) -> int | None:
 
     The e4m3 cast of older torch versions gives NaN and that of newer ones saturates, so the cast itself is asked.
     """
-    if quantizer.clamp is not None and quantizer.clamp <= _LARGEST[quantizer.code]:
+    if quantizer.code is torch.int8 or (quantizer.clamp is not None and quantizer.clamp <= _LARGEST[quantizer.code]):
         return None
     return _OVERFLOWED[quantizer.code]
 
@@ -201,7 +209,9 @@ def constants(spec: FusedSpec) -> dict[str, Any]:
     arguments: dict[str, Any] = {
         "PROLOGUE": "none",
         "EPS": 0.0,
-        "DIVIDE_MEAN": False,
+        "MEAN": "divide",
+        "ROOT": "rsqrt",
+        "ONE_PLUS": False,
         "SUM_ROUNDING": "f32",
         "INNER_ROUNDING": "f32",
         "PRODUCT_ROUNDING": "f32",
@@ -210,7 +220,9 @@ def constants(spec: FusedSpec) -> dict[str, Any]:
         arguments |= {
             "PROLOGUE": "norm",
             "EPS": prologue.eps,
-            "DIVIDE_MEAN": prologue.mean is Mean.DIVIDE,
+            "MEAN": prologue.mean.value,
+            "ROOT": prologue.root.value,
+            "ONE_PLUS": prologue.weight is Weight.ONE_PLUS,
             "SUM_ROUNDING": DTYPE_NAMES[prologue.residual_sum or torch.float32],
             "INNER_ROUNDING": DTYPE_NAMES[prologue.normalized],
             "PRODUCT_ROUNDING": DTYPE_NAMES[prologue.product],
@@ -229,9 +241,11 @@ def constants(spec: FusedSpec) -> dict[str, Any]:
         "SCALE_ROUNDING": DTYPE_NAMES[quantizer.scale_dtype],
         "EXACT_QUOTIENT": quantizer.quotient_rule is QuotientRule.DIVIDE,
         "ORDINARY": _ordinary_scales(quantizer),
-        # The device's casts clamp to the largest finite code by themselves; the interpreter's are PyTorch's.
-        "CLAMP": None if quantizer.clamp == torch.finfo(quantizer.code).max and not INTERPRETED else quantizer.clamp,
-        "LARGEST": _LARGEST[quantizer.code],
+        "POWER_OF_TWO": quantizer.power_of_two,
+        "NEAREST_EVEN": quantizer.rounding is Rounding.NEAREST_EVEN,
+        "CLAMP": None if _cast_clamps(quantizer) else quantizer.clamp,
+        "CLAMP_LOW": quantizer.clamp_low if quantizer.clamp_low is not None else -(quantizer.clamp or 0.0),
+        "LARGEST": _LARGEST.get(quantizer.code),
         "OVERFLOW": _overflow(quantizer),
         "COLUMN_SCALES": spec.layout is ScaleLayout.COLUMN,
     }

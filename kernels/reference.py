@@ -15,8 +15,11 @@ from fusion_pass.specs import (
     Quantizer,
     QuotientRule,
     RMSNorm,
+    Root,
+    Rounding,
     ScaleLayout,
     ScaleRule,
+    Weight,
 )
 
 
@@ -62,8 +65,19 @@ def _rms_norm(
         squares = x.square().sum(-1, keepdim=True)
         count = torch.full_like(squares, x.shape[-1])
         mean = squares / count if norm.mean is Mean.DIVIDE else squares * count.reciprocal()
-    normalized = _round(x * torch.rsqrt(mean + norm.eps), norm.normalized)
-    return _round(normalized if weight is None else normalized * weight.float(), norm.product), total
+    normalized = _round(_over_root(norm.root, x, mean + norm.eps), norm.normalized)
+    if weight is not None:
+        factor = weight.float() + 1 if norm.weight is Weight.ONE_PLUS else weight.float()
+        normalized = normalized * factor
+    return _round(normalized, norm.product), total
+
+
+def _over_root(root: Root, x: torch.Tensor, variance: torch.Tensor) -> torch.Tensor:
+    if root is Root.RSQRT:
+        return x * variance.rsqrt()
+    if root is Root.RECIPROCAL_SQRT:
+        return x * variance.sqrt().reciprocal()
+    return x / variance.sqrt()
 
 
 def _quantize(quantizer: Quantizer, value: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -74,9 +88,14 @@ def _quantize(quantizer: Quantizer, value: torch.Tensor) -> tuple[torch.Tensor, 
     divisor = torch.full_like(amax, quantizer.divisor)
     scale = amax / divisor if quantizer.scale_rule is ScaleRule.DIVIDE else amax * divisor.reciprocal()
     scale = _round(scale, quantizer.scale_dtype)
+    if quantizer.power_of_two:
+        scale = scale.log2().ceil().exp2()
     if quantizer.scale_floor is not None:
         scale = scale.clamp(min=quantizer.scale_floor)
     quotient = grouped / scale if quantizer.quotient_rule is QuotientRule.DIVIDE else grouped * scale.reciprocal()
+    if quantizer.rounding is Rounding.NEAREST_EVEN:
+        quotient = quotient.round()
     if quantizer.clamp is not None:
-        quotient = quotient.clamp(-quantizer.clamp, quantizer.clamp)
+        low = -quantizer.clamp if quantizer.clamp_low is None else quantizer.clamp_low
+        quotient = quotient.clamp(low, quantizer.clamp)
     return quotient.to(quantizer.code).reshape(value.shape).contiguous(), scale.squeeze(-1).contiguous()

@@ -23,6 +23,8 @@ MUL = (aten.mul.Tensor, aten.mul.Scalar)
 DIV = (aten.div.Tensor, aten.div.Scalar)
 POW = (aten.pow.Tensor_Scalar,)
 ABS = (aten.abs.default,)
+SQRT = (aten.sqrt.default,)
+RECIPROCAL = (aten.reciprocal.default,)
 
 
 @dataclass(frozen=True)
@@ -336,3 +338,10 @@ def getitem(index: int, inner: Pattern) -> Pattern:
             yield from inner(core.args[0], match.consume(core), search)
 
     return pattern
+
+
+def inverse(inner: Pattern) -> Pattern:
+    """1 / inner, which eager computes as a reciprocal and, from a Python 1.0, multiplies by one."""
+    return either(
+        op(RECIPROCAL, inner), op(DIV, equal(1), inner), op(MUL, op(RECIPROCAL, inner), equal(1), commutative=True)
+    )

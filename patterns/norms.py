@@ -7,23 +7,27 @@ from dataclasses import dataclass
 import torch
 from torch import fx
 
-from fusion_pass.specs import Mean, RMSNorm, Weight
+from fusion_pass.specs import Mean, RMSNorm, Root, Weight
 
 from .grammar import (
     ADD,
     DIV,
     MUL,
     POW,
+    SQRT,
     Match,
+    Pattern,
     Search,
     either,
     elementwise,
     equal,
+    inverse,
     number,
     op,
     per_column,
     per_row,
     reduce_rows,
+    tagged,
     value,
 )
 from .values import aten, dtype, shape
@@ -34,16 +38,30 @@ _mean_square = either(
     reduce_rows((aten.mean.dim,), _square, size="n"),
     op(DIV, reduce_rows((aten.sum.dim_IntList,), _square, size="n"), number("count")),
 )
-_inverse_rms = op((aten.rsqrt.default,), op(ADD, _mean_square, number("eps"), commutative=True))
+_variance = op(ADD, _mean_square, number("eps"), commutative=True)
+_root = op(SQRT, _variance)
+_inverse_rms = either(
+    # ATen computes pow(x, -0.5) as rsqrt(x).
+    tagged("root", Root.RSQRT, either(op((aten.rsqrt.default,), _variance), op(POW, _variance, equal(-0.5)))),
+    tagged("root", Root.RECIPROCAL_SQRT, inverse(_root)),
+)
 
 
-def _normalized(rounding: str):  # type: ignore[no-untyped-def]
-    return op(MUL, _x, _inverse_rms, rounding=rounding, commutative=True, shapes=per_row)
+def _normalized(rounding: str) -> Pattern:
+    return either(
+        op(MUL, _x, _inverse_rms, rounding=rounding, commutative=True, shapes=per_row),
+        tagged("root", Root.DIVIDE_SQRT, op(DIV, _x, _root, rounding=rounding, shapes=per_row)),
+    )
 
+
+_weight = either(
+    tagged("weight_rule", Weight.ONE_PLUS, op(ADD, value("weight"), equal(1), commutative=True)),
+    tagged("weight_rule", Weight.PLAIN, value("weight")),
+)
 
 # x̂ rounds to `normalized` before the weight, the product to `product`.
 rms_norm = either(
-    op(MUL, _normalized("normalized"), value("weight"), rounding="product", commutative=True, shapes=per_column),
+    op(MUL, _normalized("normalized"), _weight, rounding="product", commutative=True, shapes=per_column),
     _normalized("product"),
 )
 
@@ -84,13 +102,15 @@ def _describe(match: Match, search: Search, device_type: str) -> NormSite | None
     if weight is not None and shape(weight)[-1] != size:
         search.fail(weight, match, f"a weight of {size} values")
         return None
-    # Eager CPU divides by the number of values; eager CUDA multiplies by its reciprocal.
+    # Eager CPU divides by the number of values; eager CUDA multiplies.
+    on_gpu = Mean.SCALAR if "count" in match.captures else Mean.RECIPROCAL
     norm = RMSNorm(
         eps=match["eps"],
-        weight=Weight.NONE if weight is None else Weight.PLAIN,
-        mean=Mean.DIVIDE if device_type == "cpu" else Mean.RECIPROCAL,
+        weight=match.get("weight_rule", Weight.NONE),
+        mean=Mean.DIVIDE if device_type == "cpu" else on_gpu,
         normalized=match.get("normalized", torch.float32),
         product=match["product"],
+        root=match["root"],
     )
     x = match["x_used"]
     added = _residual(x, match, search)

@@ -20,7 +20,7 @@ prims = torch.ops.prims
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 
 # Order-preserving: the flattened result is the flattened argument.
-_VIEWS = frozenset(
+VIEWS = frozenset(
     {
         aten.view.default,
         aten._unsafe_view.default,
@@ -129,6 +129,14 @@ class Values:
         assert rounding is not None
         return core, rounding
 
+    def is_rounding(self, node: Any) -> bool:
+        """Whether node is a cast that rounds floats."""
+        return isinstance(node, fx.Node) and self.core(node) is node and _is_rounding(node)
+
+    def unrounded_dtype(self, node: Any) -> torch.dtype | None:
+        """The narrowest dtype that is known to hold node's value exactly."""
+        return dtype(self.core(node)) if isinstance(node, fx.Node) else None
+
     def chain(self, node: fx.Node) -> Iterator[fx.Node]:
         """node, and what lies beneath its views, copies and exact casts, down to the core."""
         source: fx.Node | None = node
@@ -141,7 +149,7 @@ class Values:
             return None
         source = node.args[0]
         assert isinstance(source, fx.Node)
-        if node.target in _VIEWS:
+        if node.target in VIEWS:
             return source
         target = cast_dtype(node)
         if target is not None and _widens(dtype(source), target):  # type: ignore[arg-type]

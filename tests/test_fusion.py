@@ -167,7 +167,7 @@ def eps_beside_the_root(x, r, w):
         (amax_of_columns, [], "per row"),
         (unsaturated, [], "clamp"),
         (scale_of_another_tensor, [], "the same x"),
-        (asymmetric_clamp, [], "symmetric"),
+        (asymmetric_clamp, [], "a clamp to"),
         (scale_bounded_above, [], "clamp"),
         (norm_of_half_a_row, ["quant_per_token"], "the same x"),
         (eps_beside_the_root, ["quant_per_token"], "rsqrt"),

@@ -1,0 +1,63 @@
+"""Tiny models of many architectures, quantized by torchao, compiled unmodified: every eligible cast is served, bit for bit."""
+
+import unittest.mock
+
+import pytest
+import torch
+
+from fusion_pass.backends import collecting
+from fusion_pass.sites import Report
+from fusion_pass.testing import compare
+
+pytest.importorskip("transformers")
+quant_api = pytest.importorskip("torchao.quantization.quant_api")
+architectures = pytest.importorskip("architectures")
+
+QUANTIZATIONS = {
+    "fp8 per row": lambda: quant_api.Float8DynamicActivationFloat8WeightConfig(granularity=quant_api.PerRow()),
+    "int8 dynamic": lambda: quant_api.Int8DynamicActivationInt8WeightConfig(),
+}
+# How many distinct fused ops serve how many casts in two layers, and how many of them have a norm or an activation.
+EXPECTED = {
+    "Llama": (8, 14, 6),
+    "Mistral": (8, 14, 6),
+    "Qwen2": (8, 14, 6),
+    "Qwen3": (8, 14, 6),
+    "Qwen3Moe": (4, 8, 2),
+    "Gemma": (8, 14, 4),
+    "Gemma2": (8, 14, 4),
+    "Gemma3Text": (8, 14, 4),
+    "Glm4": (8, 12, 6),
+    "Glm4Moe": (8, 14, 6),
+    "Phi3": (8, 8, 6),
+    "DeepseekV3": (12, 16, 10),
+    "Olmo2": (8, 14, 2),
+    "GptOss": (4, 8, 2),
+    "Granite": (8, 14, 6),
+    "SmolLM3": (8, 14, 6),
+    "Cohere": (6, 14, 4),
+    "Starcoder2": (8, 12, 0),
+}
+
+
+@pytest.mark.parametrize("quantization", QUANTIZATIONS)
+@pytest.mark.parametrize("name", EXPECTED)
+def test_every_eligible_cast_is_served(name, quantization, device):
+    model = architectures.build(name).to(device)
+    with (
+        unittest.mock.patch.object(quant_api, "_check_hardware_support"),
+        unittest.mock.patch.object(quant_api, "is_sm_at_least_89", lambda: True),
+    ):
+        quant_api.quantize_(model, QUANTIZATIONS[quantization]())
+    ids = torch.randint(1, 100, (1, 32), device=device)
+
+    def forward(ids):
+        return model(ids, use_cache=False).last_hidden_state
+
+    report = Report()
+    fused = torch.compile(forward, backend=collecting(report))(ids)
+    served = sum(site.shared_by for site in report.fused)
+    with_prologue = [site for site in report.fused if not site.name.startswith("quant")]
+    assert (len(report.fused), served, len(with_prologue)) == EXPECTED[name], report
+    assert served == report.eligible
+    assert compare(fused, forward(ids)).equal
