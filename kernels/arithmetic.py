@@ -61,6 +61,9 @@ if INTERPRETED:
     def reciprocal_root(x):
         return tl.math.rsqrt(x)
 
+    def root(x):
+        return _from_torch(_to_torch(x).sqrt(), tl.float32)
+
     def nearest_even(x):
         return _from_torch(_to_torch(x).round(), tl.float32)
 
@@ -93,6 +96,11 @@ else:
     def reciprocal_root(x):
         """CUDA's rsqrtf, which is the instruction that does not flush subnormals; tl.math.rsqrt and libdevice's do."""
         return tl.inline_asm_elementwise("rsqrt.approx.f32 $0, $1;", "=f,f", [x], tl.float32, is_pure=True, pack=1)
+
+    @triton.jit
+    def root(x):
+        """The correctly rounded square root."""
+        return tl.math.sqrt_rn(x)
 
     @triton.jit
     def nearest_even(x):

@@ -7,7 +7,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .arithmetic import amax, cast, codes, dequantization_scale, reciprocal_root, round_to, silu, sum_of_squares, times
+from .arithmetic import amax, cast, codes, dequantization_scale, reciprocal_root, root, round_to, silu, sum_of_squares, times
 
 
 @triton.jit
@@ -46,9 +46,9 @@ def rms_norm(
     if ROOT == "rsqrt":
         x *= reciprocal_root(mean + EPS)
     elif ROOT == "reciprocal_sqrt":
-        x *= tl.math.div_rn(tl.full(mean.shape, 1.0, tl.float32), tl.math.sqrt_rn(mean + EPS))
+        x *= tl.math.div_rn(tl.full(mean.shape, 1.0, tl.float32), root(mean + EPS))
     else:
-        x = tl.math.div_rn(x, tl.broadcast_to(tl.math.sqrt_rn(mean + EPS), x.shape))
+        x = tl.math.div_rn(x, tl.broadcast_to(root(mean + EPS), x.shape))
     x = round_to(x, INNER_ROUNDING)
     if weight_ptr is not None:
         weight = load(weight_ptr, columns, inside)

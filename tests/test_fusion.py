@@ -121,6 +121,56 @@ def test_scales_computed_in_bf16(tensors):
     assert result.equal
 
 
+def gemma(x, w):
+    h = x.float()
+    h = h * torch.rsqrt(h.pow(2).mean(-1, keepdim=True) + 1e-6)
+    return (h * (1.0 + w.float())).to(x.dtype)
+
+
+def root_divided(x, w):
+    h = x.float()
+    return w * (h / torch.sqrt((h * h).sum(-1, keepdim=True) / h.shape[-1] + 1e-6)).to(x.dtype)
+
+
+def root_inverted(x, w):
+    h = x.float()
+    return w * (h * (1.0 / torch.sqrt(1e-6 + (h**2).mean(-1, keepdim=True)))).to(x.dtype)
+
+
+def root_powered(x, w):
+    h = x.float()
+    return w * (h * (h.pow(2).mean(-1, keepdim=True) + 1e-6).pow(-0.5)).to(x.dtype)
+
+
+def int8_absmax(x):
+    scale = x.float().abs().max(dim=-1, keepdim=True).values.clamp(min=1e-5) / 127
+    return (x.float() / scale).round().clamp(-128, 127).to(torch.int8), scale
+
+
+def ue8m0(x):
+    grouped = x.float().unflatten(-1, (-1, 128))
+    scale = torch.exp2(torch.ceil(torch.log2(grouped.abs().amax(-1).clamp(1e-4) / 448.0)))
+    return (grouped * (1.0 / scale.unsqueeze(-1))).to(spelled.E4M3).flatten(-2), scale
+
+
+SPELLINGS = {
+    "gemma_rms_norm_per_token": lambda x, r, w: spelled.per_token(gemma(x, w)),
+    "add_gemma_rms_norm_per_group_128": lambda x, r, w: (*spelled.per_group(gemma(x + r, w)), x + r),
+    "rms_norm_per_token": lambda x, r, w: spelled.per_token(root_divided(x, w)),
+    "rms_norm_per_group_64": lambda x, r, w: spelled.per_group(root_inverted(x, w), 64),
+    "rms_norm_per_group_32": lambda x, r, w: spelled.per_group(root_powered(x, w), 32),
+    "rms_norm_int8_per_token": lambda x, r, w: int8_absmax(spelled.rms_norm(x, w)),
+    "silu_mul_per_group_128_ue8m0": lambda x, r, w: ue8m0(spelled.silu_mul(x, r)),
+}
+
+
+@pytest.mark.parametrize("name", SPELLINGS)
+def test_spellings(name, tensors):
+    report, result = fuse(SPELLINGS[name], *tensors)
+    assert names(report) == [name], report
+    assert result.equal, result
+
+
 def layer_norm(x, r, w):
     return spelled.per_token(F.layer_norm(x, (256,), w))
 
