@@ -7,7 +7,18 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .arithmetic import amax, cast, codes, dequantization_scale, reciprocal_root, root, round_to, silu, sum_of_squares, times
+from .arithmetic import (
+    amax,
+    cast,
+    codes,
+    dequantization_scale,
+    reciprocal_root,
+    root,
+    round_to,
+    silu,
+    sum_of_squares,
+    times,
+)
 
 
 @triton.jit

@@ -47,7 +47,7 @@ def _bounded(targets: tuple[Any, ...], tensor_targets: tuple[Any, ...], inner: P
     bounded = either(op(targets, inner, number(raw), exact=True), op(tensor_targets, inner, number(raw), exact=True))
 
     def pattern(node: Any, match: Match, search: Search) -> Iterator[Match]:
-        core = search.values.core(node) if isinstance(node, fx.Node) else node
+        core: Any = search.values.core(node) if isinstance(node, fx.Node) else node
         kind = dtype(core)
         if search.values.is_rounding(core):
             # A bf16 clamp is decomposed to a f32 one that is rounded again: only its bound can round.
@@ -204,11 +204,11 @@ def _saturates(codes: fx.Node, match: Match) -> bool:
     Without a clamp, |x| / scale exceeds the divisor by roundings alone if a floor keeps the scale normal, and a divisor
     up to the largest fp8 code is then rounded to that code at most.
     """
-    code = cast_dtype(codes)
+    code: Any = cast_dtype(codes)
     low, high = match.get("low"), match.get("high")
     if high is None:
         floored = (match.get("amax_floor") or 0.0) / match["divisor"] >= 2.0**-100
-        return code is not torch.int8 and floored and match["divisor"] <= torch.finfo(code).max
+        return bool(code is not torch.int8 and floored and match["divisor"] <= torch.finfo(code).max)
     if code is torch.int8:
-        return -128 <= low < 0 < high <= 127
+        return bool(-128 <= low < 0 < high <= 127)
     return bool(low == -high)
