@@ -11,6 +11,7 @@ DEVICES = ("cuda", "cpu")
 
 _lock = threading.RLock()
 _installed: list[tuple[str, Any, Any]] = []
+_launched_statically: list[bool] = []
 
 
 def register(devices: Sequence[str] = ("cuda",), strict: bool = False) -> None:
@@ -41,6 +42,7 @@ def register(devices: Sequence[str] = ("cuda",), strict: bool = False) -> None:
         ):
             _installed.append((slot, graph_pass, inductor.add_pass(slot, graph_pass)))
         inductor.realize_kernel_inputs(True)
+        _launched_statically.append(inductor.launch_kernels_statically(True))
 
 
 def unregister() -> None:
@@ -53,6 +55,7 @@ def unregister() -> None:
         while _installed:
             inductor.remove_pass(*_installed.pop())
         inductor.realize_kernel_inputs(False)
+        inductor.launch_kernels_statically(_launched_statically.pop())
 
 
 def is_registered() -> bool:

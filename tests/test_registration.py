@@ -46,6 +46,14 @@ def test_register_is_idempotent_and_unregister_restores():
     assert installed() == [None, None]
 
 
+def test_unregister_restores_every_setting():
+    before = config.shallow_copy_dict()
+    fusion_pass.register()
+    assert config.shallow_copy_dict() != before
+    fusion_pass.unregister()
+    assert config.shallow_copy_dict() == before
+
+
 @pytest.mark.parametrize("wrapped", [lambda p: p, lambda p: [p], lambda p: (p,)], ids=["one", "list", "tuple"])
 def test_a_pass_installed_before_is_kept_and_restored(wrapped):
     before = wrapped(OtherPass())
