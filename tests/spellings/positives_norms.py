@@ -15,6 +15,7 @@ from .quantizers import (
 )
 
 TRANSFORMERS = "huggingface/transformers src/transformers/models"
+MODULE = torch.nn.RMSNorm(256, eps=1e-5)
 
 
 @positive(f"{TRANSFORMERS}/llama/modeling_llama.py LlamaRMSNorm", "rms_norm_per_token", inputs=normed(), then=per_token)
@@ -415,8 +416,7 @@ def functional_weightless(x):
     then=per_group_128,
 )
 def module(x, weight):
-    norm = torch.nn.RMSNorm(x.shape[-1], eps=1e-5, device="meta")
-    return torch.func.functional_call(norm, {"weight": weight}, (x,))
+    return torch.func.functional_call(MODULE, {"weight": weight}, (x,))
 
 
 @positive("Lightning-AI/litgpt litgpt/model.py RMSNorm", "rms_norm_per_token", inputs=normed(), then=per_token)
