@@ -120,7 +120,7 @@ class _Planner:
             search = Search(self.values)
             site = recognise(search)
             if site is not None:
-                if site.size % group.quantizers[0].group == 0 and _contiguous(value):
+                if site.size % group.quantizers[0].group == 0:
                     return site  # type: ignore[no-any-return]
                 self._refuse(
                     "prologue", f"groups of {group.quantizers[0].group} do not divide rows of {site.size}", value
@@ -171,6 +171,9 @@ class _Planner:
             value=value if value_needed else None,
             shape=shape(value),
         )
+        if not _contiguous(*(v for v in (site.sum, site.value) if v is not None)):
+            self._refuse("prologue", "the residual sum or the value is read elsewhere and is not contiguous", value)
+            return None
         if not self._acyclic(site):
             self._refuse("prologue", "an input of the norm is computed from its residual sum", value)
             return None
@@ -204,6 +207,8 @@ class _Planner:
     def _bare(self, value: fx.Node, quantizer: QuantizerSite) -> FusedSite | None:
         used = [n for n in self.values.chain(quantizer.x_used) if dtype(n) == dtype(value)]
         divisible = [n for n in used if isinstance(shape(n)[-1], int) and shape(n)[-1] % quantizer.group == 0]
+        # Rows longer than a group say what the groups are groups of.
+        divisible = [n for n in divisible if shape(n)[-1] > quantizer.group] or divisible
         x = divisible[-1] if divisible else value
         row = shape(x)[-1] if divisible else quantizer.group
         return FusedSite(

@@ -105,6 +105,27 @@ def test_residual_summed_in_float32_and_stored_rounded(tensors):
     assert result.equal
 
 
+def test_a_transposed_residual_stream(tensors):
+    """Sequence-first tensors: what is only read by the site may have any strides, what others read keeps its own."""
+
+    def fn(x, w):
+        y = spelled.rms_norm(x.transpose(0, 1), w)
+        return spelled.per_token(y.reshape(-1, 256))
+
+    def also_read(x, r, w):
+        h = x.transpose(0, 1) + r.transpose(0, 1)
+        return *spelled.per_token(spelled.rms_norm(h, w).reshape(-1, 256)), h
+
+    x, r, w = tensors
+    report, result = fuse(fn, x, w)
+    assert names(report) == ["rms_norm_per_token"]
+    assert result.equal
+    report, result = fuse(also_read, x, r, w)
+    assert names(report) == ["quant_per_token"]
+    assert "not contiguous" in report.missed[0].reason
+    assert result.equal
+
+
 def test_halves_of_one_projection(tensors):
     report, result = fuse(lambda gu: spelled.per_group(spelled.silu_mul(*gu.chunk(2, -1)), 64), tensors[0])
     assert names(report) == ["silu_mul_per_group_64"]
