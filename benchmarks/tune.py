@@ -26,7 +26,7 @@ BF16 = torch.bfloat16
 NORM = RMSNorm(1e-6, normalized=BF16, product=BF16)
 ADD_NORM = RMSNorm(1e-6, normalized=BF16, product=BF16, residual_sum=BF16)
 SILU = GatedActivation(activated=BF16, product=BF16)
-TOKEN, GROUP = Quantizer(), Quantizer(group=128, amax_floor=1e-10)
+TOKEN, GROUP = Quantizer.dynamic(), Quantizer.dynamic(group=128, amax_floor=1e-10)
 CELLS = {
     "rms -> token": FusedSpec(NORM, TOKEN),
     "add+rms -> token": FusedSpec(ADD_NORM, TOKEN, sum_output=BF16),

@@ -147,30 +147,34 @@ class _Recorder:
         return lambda **arguments: self.launches.append((self.kernel, grid, arguments))
 
 
-def functional_launch(launch: Callable[[Callable[[Any], Any]], list[torch.Tensor]]) -> list[torch.Tensor]:
+def functional_launch(
+    launch: Callable[[Callable[[Any], Any]], list[torch.Tensor]], written: Callable[[dict[str, Any]], list[str]]
+) -> list[torch.Tensor]:
     """Run ``launch(wrap)`` under make_fx, so that its kernels become functional nodes; the outputs are those nodes'.
 
-    ``launch`` allocates its outputs itself and returns them. ``torch.library.wrap_triton`` would have Inductor compile
-    the kernel once more to find out what it writes; a fused kernel writes exactly the outputs that were allocated for it.
+    ``launch`` allocates what its kernels write, and returns the outputs; ``written`` names the arguments that a launch
+    writes. ``torch.library.wrap_triton`` would have Inductor compile the kernel once more to find out.
     """
     from torch._higher_order_ops.triton_kernel_wrap import kernel_side_table, triton_kernel_wrapper_functional
 
     launches: list[tuple[Any, Any, dict[str, Any]]] = []
     outputs = launch(lambda kernel: _Recorder(kernel, launches))
+    # What a buffer has become: each functional node returns new ones.
+    latest: dict[int, torch.Tensor] = {}
     for kernel, grid, arguments in launches:
         options = {name: arguments.pop(name) for name in ("num_warps", "num_stages") if name in arguments}
-        written = {name: i for name, v in arguments.items() for i, o in enumerate(outputs) if v is o}
+        buffers = {name: id(arguments[name]) for name in written(arguments)}
+        arguments = {name: latest.get(id(value), value) for name, value in arguments.items()}
         results = triton_kernel_wrapper_functional(
             kernel_idx=kernel_side_table.add_kernel(_with_options(kernel, **options)),
             constant_args_idx=kernel_side_table.add_constant_args({}),
             grid=[tuple(grid)],
             tma_descriptor_metadata={},
             kwargs=arguments,
-            tensors_to_clone=list(written),
+            tensors_to_clone=list(buffers),
         )
-        for name, i in written.items():
-            outputs[i] = results[name]
-    return outputs
+        latest |= {buffer: results[name] for name, buffer in buffers.items()}
+    return [latest[id(output)] for output in outputs]
 
 
 @cache

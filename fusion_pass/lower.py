@@ -13,7 +13,7 @@ import torch
 from torch import fx
 
 from . import inductor
-from .kernels.launch import launch
+from .kernels.launch import launch, written
 from .patterns.values import aten, prims, tensor
 from .sites import FusedSite
 from .specs import FusedSpec
@@ -64,10 +64,10 @@ def _trace(graph: fx.Graph, spec: FusedSpec, inputs: Sequence[fx.Node | None]) -
 
     def run(*present: torch.Tensor) -> list[torch.Tensor]:
         remaining = iter(present)
-        x, *others = [None if n is None else next(remaining) for n in inputs]
+        x, *others, given = [None if n is None else next(remaining) for n in inputs]
         assert x is not None
         other, weight = (*others, None, None)[:2]
-        return inductor.functional_launch(lambda wrap: launch(spec, x, other, weight, wrap=wrap))
+        return inductor.functional_launch(lambda wrap: launch(spec, x, other, weight, given, wrap=wrap), written)
 
     with inductor.fake_mode_of(graph):
         module = make_fx(run)(*values)

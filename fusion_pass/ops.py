@@ -11,6 +11,7 @@ CPU it runs the plain PyTorch reference, or under TRITON_INTERPRET=1 the kernel 
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
@@ -21,6 +22,7 @@ from .kernels.reference import reference
 from .specs import (
     FusedSpec,
     GatedActivation,
+    Granularity,
     Mean,
     NoPrologue,
     Prologue,
@@ -41,75 +43,85 @@ _PROLOGUES: dict[str, type[Prologue]] = {
 }
 
 _library = torch.library.Library("fusion_pass", "DEF")
-_library.define("quant(Tensor x, str spec) -> Tensor[]")
-_library.define("rms_norm_quant(Tensor x, Tensor? residual, Tensor? weight, str spec) -> Tensor[]")
-_library.define("act_mul_quant(Tensor gate, Tensor up, str spec) -> Tensor[]")
+_library.define("quant(Tensor x, Tensor? given, str spec) -> Tensor[]")
+_library.define("rms_norm_quant(Tensor x, Tensor? residual, Tensor? weight, Tensor? given, str spec) -> Tensor[]")
+_library.define("act_mul_quant(Tensor gate, Tensor up, Tensor? given, str spec) -> Tensor[]")
 
 
-def _check_operands(
-    op: str, spec: FusedSpec, other: torch.Tensor | None, weight: torch.Tensor | None
-) -> dict[str, torch.Tensor | None]:
-    """The operands beside x by name, each present exactly if the spec says so."""
+@dataclass(frozen=True)
+class _Operands:
+    """The tensors of one call; up and residual are ``other``."""
+
+    x: torch.Tensor
+    other: torch.Tensor | None = None
+    weight: torch.Tensor | None = None
+    given: torch.Tensor | None = None
+
+
+def _check_presence(op: str, spec: FusedSpec, operands: _Operands) -> None:
+    """Raise ValueError unless each optional operand is present exactly if the spec says so."""
     prologue = spec.prologue
     if not isinstance(prologue, _PROLOGUES[op]):
         raise ValueError(f"spec has prologue {type(prologue).__name__}; allowed for {op}: {_PROLOGUES[op].__name__}")
-    if not isinstance(prologue, RMSNorm):
-        return {"up": other}
-    wanted = {"residual": prologue.residual_sum is not None, "weight": prologue.weight is not Weight.NONE}
-    operands = {"residual": other, "weight": weight}
-    for name, tensor in operands.items():
-        if wanted[name] is (tensor is None):
-            given, allowed = ("None", "a tensor") if tensor is None else ("a tensor", "None")
-            raise ValueError(f"{name} is {given}; allowed by the spec: {allowed}")
-    return operands
+    optional = {"given": (operands.given, spec.quantizer.needs_given)}
+    if isinstance(prologue, RMSNorm):
+        optional["residual"] = operands.other, prologue.residual_sum is not None
+        optional["weight"] = operands.weight, prologue.weight is not Weight.NONE
+    for name, (tensor, wanted) in optional.items():
+        if wanted is (tensor is None):
+            present, allowed = ("None", "a tensor") if tensor is None else ("a tensor", "None")
+            raise ValueError(f"{name} is {present}; allowed by the spec: {allowed}")
 
 
-def _check(op: str, spec: FusedSpec, x: torch.Tensor, other: torch.Tensor | None, weight: torch.Tensor | None) -> None:
+def _check(op: str, spec: FusedSpec, operands: _Operands) -> None:
     """Raise ValueError, naming the argument, its value and what is allowed, unless the op can run."""
-    operands = {"x": x, **_check_operands(op, spec, other, weight)}
+    _check_presence(op, spec, operands)
+    x = operands.x
     if x.dim() < 1 or (spec.layout is ScaleLayout.COLUMN and x.dim() < 2):
         raise ValueError(f"x has shape {tuple(x.shape)}; allowed: (..., N), and (..., M, N) for column scales")
     check_row(spec, x.shape[-1])
-    for name, tensor in operands.items():
+    other = "residual" if isinstance(spec.prologue, RMSNorm) else "up"
+    shapes = {"x": x.shape, other: x.shape, "weight": x.shape[-1:], "given": None}
+    for (name, shape), tensor in zip(shapes.items(), vars(operands).values(), strict=True):
         if tensor is None:
             continue
         if tensor.dtype not in _FLOATS:
             raise ValueError(f"{name} is {tensor.dtype}; allowed: {', '.join(map(str, _FLOATS))}")
         if tensor.device != x.device:
             raise ValueError(f"{name} is on {tensor.device}; allowed: the device of x, {x.device}")
-        shape = x.shape[-1:] if name == "weight" else x.shape
-        if tensor.shape != shape:
+        if shape is None and tensor.numel() != 1:
+            raise ValueError(f"{name} has shape {tuple(tensor.shape)}; allowed: one value")
+        if shape is not None and tensor.shape != shape:
             raise ValueError(
                 f"{name} has shape {tuple(tensor.shape)}; allowed: {tuple(shape)}, as x has {tuple(x.shape)}"
             )
 
 
-def _run(
-    op: str, text: str, x: torch.Tensor, other: torch.Tensor | None = None, weight: torch.Tensor | None = None
-) -> list[torch.Tensor]:
+def _run(op: str, text: str, operands: _Operands) -> list[torch.Tensor]:
     spec = decode(text)
-    _check(op, spec, x, other, weight)
-    if x.numel() == 0:
+    _check(op, spec, operands)
+    x = operands.x
+    # An empty tensor has no rows to quantize; one that shares a scale still has the scale of an amax of zero.
+    if x.numel() == 0 and spec.quantizer.granularity is not Granularity.TENSOR:
         return allocate(spec, x)
-    if x.device.type == "cpu" and not INTERPRETED:
-        return reference(spec, x, other, weight)
-    return launch(spec, x, other, weight)
+    run = reference if x.numel() == 0 or (x.device.type == "cpu" and not INTERPRETED) else launch
+    return run(spec, x, operands.other, operands.weight, operands.given)
 
 
-def _fake(
-    op: str, text: str, x: torch.Tensor, other: torch.Tensor | None = None, weight: torch.Tensor | None = None
-) -> list[torch.Tensor]:
+def _fake(op: str, text: str, operands: _Operands) -> list[torch.Tensor]:
     spec = decode(text)
-    _check(op, spec, x, other, weight)
-    return allocate(spec, x)
+    _check(op, spec, operands)
+    return allocate(spec, operands.x)
 
 
 def _implementations(run: Callable[..., list[torch.Tensor]]) -> dict[str, Callable[..., list[torch.Tensor]]]:
     """``run`` in each op's signature."""
     return {
-        "quant": lambda x, spec: run("quant", spec, x),
-        "rms_norm_quant": lambda x, residual, weight, spec: run("rms_norm_quant", spec, x, residual, weight),
-        "act_mul_quant": lambda gate, up, spec: run("act_mul_quant", spec, gate, up),
+        "quant": lambda x, given, spec: run("quant", spec, _Operands(x, given=given)),
+        "rms_norm_quant": lambda x, residual, weight, given, spec: run(
+            "rms_norm_quant", spec, _Operands(x, residual, weight, given)
+        ),
+        "act_mul_quant": lambda gate, up, given, spec: run("act_mul_quant", spec, _Operands(gate, up, given=given)),
     }
 
 
@@ -143,9 +155,7 @@ class NormQuantized(NamedTuple):
 
 def _quantizer(dtype: torch.dtype, group: int | None, amax_floor: float | None) -> Quantizer:
     bound = torch.finfo(dtype).max
-    return Quantizer(
-        code=dtype, divisor=bound, group=group, amax_floor=amax_floor, scale_rule=ScaleRule.DIVIDE, clamp=bound
-    )
+    return Quantizer.dynamic(dtype, bound, group, amax_floor=amax_floor, scale_rule=ScaleRule.DIVIDE, clamp=bound)
 
 
 def _layout(column_scales: bool) -> ScaleLayout:
@@ -175,7 +185,7 @@ def quant_fp8(
     Source: vLLM ``per_token_group_quant_fp8`` and aiter pull request 3041 for the layout.
     """
     spec = FusedSpec(NoPrologue(), _quantizer(dtype, group, amax_floor), _layout(column_scales))
-    return Quantized(*torch.ops.fusion_pass.quant(x, spec.encode()))
+    return Quantized(*torch.ops.fusion_pass.quant(x, None, spec.encode()))
 
 
 def rms_norm_quant_fp8(
@@ -216,7 +226,7 @@ def rms_norm_quant_fp8(
         _layout(column_scales),
         sum_output=None if residual is None else x.dtype,
     )
-    codes, scale, *total = torch.ops.fusion_pass.rms_norm_quant(x, residual, weight, spec.encode())
+    codes, scale, *total = torch.ops.fusion_pass.rms_norm_quant(x, residual, weight, None, spec.encode())
     return NormQuantized(codes, scale, total[0] if total else None)
 
 
@@ -241,4 +251,4 @@ def silu_mul_quant_fp8(
     """
     activation = GatedActivation(activated=gate.dtype, product=gate.dtype)
     spec = FusedSpec(activation, _quantizer(dtype, group, amax_floor), _layout(column_scales))
-    return Quantized(*torch.ops.fusion_pass.act_mul_quant(gate, up, spec.encode()))
+    return Quantized(*torch.ops.fusion_pass.act_mul_quant(gate, up, None, spec.encode()))

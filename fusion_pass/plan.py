@@ -21,7 +21,8 @@ from .patterns.norms import NormSite, recognise_norm
 from .patterns.quantizers import QuantizerSite, quantizing_cast, recognise_quantizer
 from .patterns.values import FLOATS, Values, cast_dtype, dtype, same_shape, shape, tensor
 from .sites import FusedSite, Miss, Report, location
-from .specs import FusedSpec, NoPrologue, ScaleLayout
+from .specs import FusedSpec, Granularity, NoPrologue, Quantizer, ScaleLayout
+from .terms import Term, kind
 
 # A prologue search that matched fewer operations than this saw an ordinary producer, not an unknown norm.
 _NEAR_MISS = 2
@@ -85,8 +86,8 @@ class _Planner:
         site = recognise_quantizer(cast, search, _device(cast))
         if site is None:
             self._miss("quantizer", search.failure, cast)
-        elif not _contiguous(cast, site.scale):
-            self._refuse("quantizer", "its codes and scales are not contiguous", cast)
+        elif not _contiguous(cast):
+            self._refuse("quantizer", "its codes are not contiguous", cast)
         else:
             return site
         return None
@@ -105,7 +106,12 @@ class _Planner:
             site = site or self._bare(value, quantizer)
             if site is not None:
                 site.shared_by = served
-                site = self._with_layout(site, claimed | {self.values.core(n) for n in site.nodes})
+                claimed_here = claimed | {self.values.core(n) for n in site.nodes}
+                site = self._with_scale(site, quantizer, claimed_here)
+                if not _contiguous(*(n for n in (site.scale,) if n is not None)):
+                    self._refuse("quantizer", "its scales are not contiguous", quantizer.codes)
+                    continue
+                site = self._with_layout(site, claimed_here)
                 site.location = location(*site.nodes[1:], site.codes)
                 sites.append(site)
         return sites
@@ -120,11 +126,10 @@ class _Planner:
             search = Search(self.values)
             site = recognise(search)
             if site is not None:
-                if site.size % group.quantizers[0].group == 0:
+                length = group.quantizers[0].spec.group
+                if length is None or site.size % length == 0:
                     return site  # type: ignore[no-any-return]
-                self._refuse(
-                    "prologue", f"groups of {group.quantizers[0].group} do not divide rows of {site.size}", value
-                )
+                self._refuse("prologue", f"groups of {length} do not divide rows of {site.size}", value)
                 return None
             if search.failure is not None:
                 failures.append(search.failure)
@@ -164,8 +169,8 @@ class _Planner:
             other=other,
             weight=weight,
             row=prologue.size,
+            given=quantizer.given,
             codes=quantizer.codes,
-            scale=quantizer.scale,
             nodes=(*quantizer.nodes, *prologue.nodes),
             sum=summed,
             value=value if value_needed else None,
@@ -178,7 +183,7 @@ class _Planner:
             self._refuse("prologue", "an input of the norm is computed from its residual sum", value)
             return None
         self.produced |= {v for v in (site.sum, site.value) if v is not None}
-        site.outputs += tuple(n for n in ("sum", "value") if getattr(site, n) is not None)
+        site.extras += tuple(n for n in ("sum", "value") if getattr(site, n) is not None)
         return site
 
     def _inputs(
@@ -206,26 +211,66 @@ class _Planner:
 
     def _bare(self, value: fx.Node, quantizer: QuantizerSite) -> FusedSite | None:
         used = [n for n in self.values.chain(quantizer.x_used) if dtype(n) == dtype(value)]
-        divisible = [n for n in used if isinstance(shape(n)[-1], int) and shape(n)[-1] % quantizer.group == 0]
-        # Rows longer than a group say what the groups are groups of.
-        divisible = [n for n in divisible if shape(n)[-1] > quantizer.group] or divisible
-        x = divisible[-1] if divisible else value
-        row = shape(x)[-1] if divisible else quantizer.group
+        row = self._row_of(used or [value], quantizer.spec.group)
+        x = row if row is not None else value
+        length = shape(x)[-1] if row is not None else quantizer.spec.group
+        if not isinstance(length, int):
+            self._refuse("quantizer", f"rows of {length} values; kernels take rows of a static length", value)
+            return None
         return FusedSite(
-            spec=FusedSpec(NoPrologue(), _over_rows(quantizer, row)),
+            spec=FusedSpec(NoPrologue(), _over_rows(quantizer, length)),
             x=x,
             other=None,
             weight=None,
-            row=row,
+            given=quantizer.given,
+            row=length,
             codes=quantizer.codes,
-            scale=quantizer.scale,
             nodes=quantizer.nodes,
             shape=shape(x),
         )
 
+    def _row_of(self, used: list[fx.Node], group: int | None) -> fx.Node | None:
+        """The deepest presentation whose rows are whole groups; longer ones say what the groups are groups of."""
+        present = [n for n in used if shape(n) and isinstance(shape(n)[-1], int)]
+        if group is None:
+            return present[-1] if present else None
+        divisible = [n for n in present if shape(n)[-1] % group == 0]
+        divisible = [n for n in divisible if shape(n)[-1] > group] or divisible
+        return divisible[-1] if divisible else None
+
+    def _with_scale(self, site: FusedSite, quantizer: QuantizerSite, claimed: set[fx.Node]) -> FusedSite:
+        """The site returning what the graph reads of its scales: the first such value, or what alone is made of it."""
+        reader = quantizer.reader
+        read = {core: term for core, term in reader.terms.items() if "amax" in term.leaves()}
+        outside = [core for core in read if self._outside_uses(core, claimed)]
+        if not outside:
+            return site
+        core = min(outside, key=lambda n: self.order[n])
+        stored = core if _storable(core, read[core]) else next(iter(sorted(read, key=lambda n: self.order[n])))
+        seen: set[fx.Node] = set()
+        while len(outside) == 1:
+            users = {self.values.core(user) for _, user in self._outside_uses(core, claimed | seen)}
+            term = reader.follow(next(iter(users))) if len(users) == 1 else None
+            if term is None:
+                break
+            seen.add(core)
+            core = users.pop()
+            read[core] = term
+            if _storable(core, term):
+                stored = core
+        site.scale = stored
+        as_byte = kind(read[stored]) == "i32"
+        site.spec = dataclasses.replace(
+            site.spec,
+            quantizer=dataclasses.replace(
+                site.quantizer, scale=read[stored], scale_dtype=torch.uint8 if as_byte else torch.float32
+            ),
+        )
+        return site
+
     def _with_layout(self, site: FusedSite, claimed: set[fx.Node]) -> FusedSite:
         group = site.quantizer.group
-        if group is None:
+        if group is None or site.scale is None:
             return site
         outside = self._outside_uses(site.scale, claimed)
         copies = column_copies(outside, site.row // group)
@@ -260,7 +305,7 @@ class _Planner:
 
     def _acyclic(self, site: FusedSite) -> bool:
         """Whether every input comes before every value the op would produce."""
-        inputs = [n for n in (site.x, site.other, site.weight) if n is not None]
+        inputs = [n for n in (site.x, site.other, site.weight, site.given) if n is not None]
         outputs = {o for v in (site.sum, site.value) if v is not None for o in self.values.origins(v)}
         first = min((self.order[o] for o in outputs), default=len(self.order))
         return not any(_depends_on(n, outputs, self.order, first) for n in inputs if self.order[n] > first)
@@ -287,10 +332,18 @@ def _contiguous(*nodes: fx.Node) -> bool:
     return all(value.is_contiguous() for value in map(tensor, nodes) if value is not None)
 
 
-def _over_rows(quantizer: QuantizerSite, row: int) -> Any:
+def _over_rows(quantizer: QuantizerSite, row: int) -> Quantizer:
     """The quantizer over rows of ``row`` values: groups as long as a row are per token."""
-    group = None if quantizer.group == row else quantizer.group
-    return dataclasses.replace(quantizer.spec, group=group)
+    if quantizer.spec.group != row:
+        return quantizer.spec
+    return dataclasses.replace(quantizer.spec, group=None, granularity=Granularity.ROW)
+
+
+def _storable(core: fx.Node, term: Term) -> bool:
+    """Whether an op can return the value: a float, or an exponent as a byte."""
+    if kind(term) == "i32":
+        return dtype(core) in (torch.uint8, torch.float8_e8m0fnu)
+    return dtype(core) in FLOATS
 
 
 def _depends_on(node: fx.Node, targets: set[fx.Node], order: dict[fx.Node, int], first: int) -> bool:

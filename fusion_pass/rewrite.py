@@ -34,30 +34,33 @@ class _Editor:
         self.replaced: dict[fx.Node, fx.Node] = {}
 
     def insert(self, site: FusedSite) -> None:
-        inputs = [self._resolve(n) for n in (site.x, site.other, site.weight) if n is not None]
+        inputs = [self._resolve(n) for n in (site.x, site.other, site.weight, site.given) if n is not None]
         # After the last input; the sort that follows moves users behind it.
         after = max(inputs, key=lambda n: self.order[n])
         self.cursor = after
-        x, other, weight = self._present(site, inputs)
+        x, other, weight, given = self._present(site, inputs)
         arguments = {NoPrologue: (x,), RMSNorm: (x, other, weight), GatedActivation: (x, other)}[type(site.prologue)]
-        site.op = self._call(ops.OPS[type(site.prologue)], (*arguments, site.spec.encode()))
+        site.op = self._call(ops.OPS[type(site.prologue)], (*arguments, given, site.spec.encode()))
         site.op.meta["stack_trace"] = next(
             (n.meta["stack_trace"] for n in site.nodes if n.meta.get("stack_trace")), None
         )
         outputs = [self._call(operator.getitem, (site.op, i)) for i in range(len(site.op.meta["val"]))]
-        codes, scale, *extras = outputs
-        self._replace(self.values.origins(site.codes), codes)
+        remaining = iter(outputs)
+        self._replace(self.values.origins(site.codes), next(remaining))
         if site.scale_copies:
-            self._replace(site.scale_copies, scale)
-        else:
-            self._replace_scale(site, scale)
-        for value, output in zip((v for v in (site.sum, site.value) if v is not None), extras, strict=True):
-            self._replace(self.values.origins(value), output)
+            self._replace(site.scale_copies, next(remaining))
+        elif site.scale is not None:
+            self._replace_scale(site.scale, next(remaining))
+        for value in (site.sum, site.value):
+            if value is not None:
+                self._replace(self.values.origins(value), next(remaining))
 
     def _present(self, site: FusedSite, inputs: list[fx.Node]) -> tuple[fx.Node | None, ...]:
         """x, other and weight in the shapes the op takes: rows of ``site.row`` values, other as x, weight flat."""
         remaining = iter(inputs)
-        x, other, weight = (None if n is None else next(remaining) for n in (site.x, site.other, site.weight))
+        x, other, weight, given = (
+            None if n is None else next(remaining) for n in (site.x, site.other, site.weight, site.given)
+        )
         assert x is not None
         if not same_size(shape(x)[-1] if shape(x) else 1, site.row):
             x = self._call(aten.reshape.default, (x, [-1, site.row]))
@@ -65,18 +68,21 @@ class _Editor:
             other = self._call(aten.reshape.default, (other, self._sizes(x)))
         if weight is not None and len(shape(weight)) != 1:
             weight = self._call(aten.reshape.default, (weight, [site.row]))
-        return x, other, weight
+        return x, other, weight, given
 
     def _resolve(self, node: fx.Node) -> fx.Node:
         while node in self.replaced:
             node = self.replaced[node]
         return node
 
-    def _replace_scale(self, site: FusedSite, scale: fx.Node) -> None:
-        """Ops return f32 scales; a scale the graph computed in bf16 is cast back for those who read it as such."""
-        for origin in self.values.origins(site.scale):
+    def _replace_scale(self, core: fx.Node, scale: fx.Node) -> None:
+        """Ops return f32 or byte scales; one the graph computed in bf16 is cast back for those who read it as such."""
+        for origin in self.values.origins(core):
             if dtype(origin) == dtype(scale):
                 self._replace([origin], scale)
+                continue
+            if dtype(scale) is torch.uint8:
+                self._replace([origin], self._call(aten.view.dtype, (scale, dtype(origin))))
                 continue
             self._replace(self._widened(origin, dtype(scale)), scale)
             self._replace([origin], self._call(torch.ops.prims.convert_element_type.default, (scale, dtype(origin))))

@@ -13,6 +13,7 @@ from .specs import (
     DTYPE_NAMES,
     FusedSpec,
     GatedActivation,
+    Granularity,
     NoPrologue,
     Prologue,
     Quantizer,
@@ -20,6 +21,7 @@ from .specs import (
     ScaleLayout,
     Weight,
 )
+from .terms import is_power_of_two
 
 
 @dataclass
@@ -28,9 +30,10 @@ class FusedSite:
 
     Attributes:
         spec: what the fused op computes.
-        x, other, weight: the nodes it reads (other: the residual of a norm, or the up half of a gated activation).
+        x, other, weight, given: the nodes it reads (other: the residual of a norm, or the up half of a gated activation;
+            given: a calibrated scale).
         row: values per row of x.
-        codes, scale: the values it replaces; for a column layout ``scale_copies`` are the transposed copies it replaces.
+        codes, scale: the values it replaces, scale None if nothing reads it; for a column layout ``scale_copies`` are the transposed copies it replaces.
         sum, value: the values of the residual sum and of the prologue, if the graph reads them elsewhere.
         nodes: the operations it stands for, the quantizing cast first.
         shared_by: how many quantizing casts of the graph this one op serves.
@@ -42,8 +45,9 @@ class FusedSite:
     weight: fx.Node | None
     row: int
     codes: fx.Node
-    scale: fx.Node
     nodes: tuple[fx.Node, ...]
+    given: fx.Node | None = None
+    scale: fx.Node | None = None
     scale_copies: tuple[fx.Node, ...] = ()
     sum: fx.Node | None = None
     value: fx.Node | None = None
@@ -51,7 +55,7 @@ class FusedSite:
     op: fx.Node | None = None
     location: str = ""
     shape: tuple[Any, ...] = ()
-    outputs: tuple[str, ...] = field(default=("code", "scale"))
+    extras: tuple[str, ...] = ()
 
     @property
     def prologue(self) -> Prologue:
@@ -75,7 +79,7 @@ class FusedSite:
     def __str__(self) -> str:
         shape = "x".join(map(str, self.shape))
         shared = f", shared by {self.shared_by} casts" if self.shared_by > 1 else ""
-        extras = f", also returns {' and '.join(self.outputs[2:])}" if len(self.outputs) > 2 else ""
+        extras = f", also returns {' and '.join(self.extras)}" if self.extras else ""
         return f"{self.name} [{shape}] -> {DTYPE_NAMES[self.quantizer.code]}{extras}{shared} at {self.location}"
 
 
@@ -131,9 +135,16 @@ def prologue_name(prologue: Prologue) -> str:
 
 
 def quantizer_name(quantizer: Quantizer) -> str:
-    granularity = "per_token" if quantizer.group is None else f"per_group_{quantizer.group}"
     prefix = "int8_" if quantizer.code is torch.int8 else ""
-    return prefix + granularity + ("_ue8m0" if quantizer.power_of_two else "")
+    if not quantizer.needs_amax:
+        return f"{prefix}static"
+    granularity = {
+        Granularity.ROW: "per_token",
+        Granularity.GROUP: f"per_group_{quantizer.group}",
+        Granularity.TENSOR: "per_tensor",
+    }[quantizer.granularity]
+    power_of_two = "_ue8m0" if is_power_of_two(quantizer.factor) else ""
+    return f"{prefix}{granularity}{power_of_two}{'_bytes' if quantizer.scale_dtype is torch.uint8 else ''}"
 
 
 _FRAME = re.compile(r'File "(?P<file>[^"]+)", line (?P<line>\d+), in (?P<function>\S+)')

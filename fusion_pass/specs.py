@@ -16,6 +16,8 @@ from typing import Any
 
 import torch
 
+from .terms import AMAX, GIVEN, Term, TermError, kind, parse
+
 DTYPE_NAMES: dict[torch.dtype, str] = {
     torch.float32: "f32",
     torch.bfloat16: "bf16",
@@ -23,6 +25,7 @@ DTYPE_NAMES: dict[torch.dtype, str] = {
     torch.float8_e4m3fn: "e4m3fn",
     torch.float8_e5m2: "e5m2",
     torch.int8: "int8",
+    torch.uint8: "uint8",
 }
 _DTYPES = {name: dtype for dtype, name in DTYPE_NAMES.items()}
 
@@ -63,20 +66,43 @@ class Activation(enum.Enum):
 
 
 class ScaleRule(enum.Enum):
-    """How the dequantization scale comes from amax.
+    """How the stored scale comes from amax: a dequantization scale, or for the multipliers what values are multiplied by.
 
     A Python scalar divisor is a true division in eager CPU code and a multiplication by the f32 reciprocal in eager CUDA code.
     """
 
-    DIVIDE = "divide"
-    RECIPROCAL = "reciprocal"
+    DIVIDE = "divide"  # amax / divisor
+    RECIPROCAL = "reciprocal"  # amax * f32(1 / divisor)
+    MULTIPLIER = "multiplier"  # divisor / amax, by reciprocal and product as eager code divides a scalar by a tensor
+    INVERSE_MULTIPLIER = "inverse_multiplier"  # 1 / multiplier
 
 
 class QuotientRule(enum.Enum):
-    """How a value is brought to the range of the codes: the correctly rounded x / s, or x times the rounded 1 / s."""
+    """How a value is brought to the range of the codes.
+
+    Correctly rounded x / scale, x times the rounded 1 / scale, or x times the multiplier divisor / amax.
+    """
 
     DIVIDE = "divide"
     RECIPROCAL = "reciprocal"
+    MULTIPLIER = "multiplier"
+
+
+class PowerOfTwo(enum.Enum):
+    """How scales become powers of two: up by exp2(ceil(log2(s))), up by the bits of s, or down by exp2(floor(log2(s)))."""
+
+    NO = "no"
+    CEIL = "ceil"
+    CEIL_BITS = "ceil_bits"
+    FLOOR = "floor"
+
+
+class Granularity(enum.Enum):
+    """What shares one scale: a row, ``group`` values of it, or the whole tensor."""
+
+    ROW = "row"
+    GROUP = "group"
+    TENSOR = "tensor"
 
 
 class Rounding(enum.Enum):
@@ -169,47 +195,200 @@ Prologue = NoPrologue | RMSNorm | GatedActivation
 
 @dataclass(frozen=True)
 class Quantizer:
-    """Dynamic quantization with one dequantization scale per token (group None) or per group of consecutive values.
+    """Quantization with one factor per row, per group of consecutive values or per tensor.
 
-    scale = max(pow2(max(amax, amax_floor) over divisor), scale_floor); code = cast(clamp(round(value over scale))).
+    code = cast(clamp(round(value / factor))), or the product with factor.
 
     Attributes:
         code: the fp8 dtype of the codes, or int8.
-        divisor: what amax is divided by to give the scale, usually the largest code.
-        group: values per scale along the row, or None for one scale per row.
-        amax_floor: lower bound of amax, or None.
-        scale_floor: lower bound of the scale, or None.
-        scale_rule: how the division by ``divisor`` is done.
-        scale_dtype: dtype in which the scale is computed and to which it is rounded; it is stored as float32.
-        quotient_rule: how values are divided by the scale.
+        factor: what values are divided by or multiplied with: a term of amax, of the given scale, or of both.
+        divides: whether values are divided by ``factor``, correctly rounded, or multiplied with it.
+        scale: the scale that is returned, a term as well, or None for none.
+        scale_dtype: dtype in which it is returned: float32, or uint8 for E8M0 bytes.
+        granularity: what shares one scale.
+        group: values per scale along the row with ``Granularity.GROUP``, else None.
+        quotient: dtype to which the quotient is rounded (float32: not rounded).
         clamp: upper bound of the values before the cast, or None for no bounds.
         clamp_low: lower bound, or None for -clamp.
         rounding: how values are rounded to codes.
-        power_of_two: whether scales are rounded up to powers of two, exp2(ceil(log2(scale))), as UE8M0 consumers need.
     """
 
-    code: torch.dtype = torch.float8_e4m3fn
-    divisor: float = 448.0
-    group: int | None = None
-    amax_floor: float | None = None
-    scale_floor: float | None = None
-    scale_rule: ScaleRule = ScaleRule.RECIPROCAL
+    code: torch.dtype
+    factor: Term
+    divides: bool
+    scale: Term | None
     scale_dtype: torch.dtype = torch.float32
-    quotient_rule: QuotientRule = QuotientRule.DIVIDE
+    granularity: Granularity = Granularity.ROW
+    group: int | None = None
+    quotient: torch.dtype = torch.float32
     clamp: float | None = 448.0
     clamp_low: float | None = None
     rounding: Rounding = Rounding.CAST
-    power_of_two: bool = False
 
     def __post_init__(self) -> None:
         _require(self.code in CODE_DTYPES, "code", self.code, ", ".join(map(str, CODE_DTYPES)))
-        _require(self.divisor > 0 and math.isfinite(self.divisor), "divisor", self.divisor, "a positive finite number")
-        _require(self.group is None or self.group > 0, "group", self.group, "None or a positive number of values")
-        _require_rounding("scale_dtype", self.scale_dtype)
-        for name in ("amax_floor", "scale_floor", "clamp"):
-            value = getattr(self, name)
-            _require(value is None or value > 0, name, value, "None or a positive number")
+        grouped = self.granularity is Granularity.GROUP
+        _require(
+            (self.group is not None and self.group > 0) if grouped else self.group is None,
+            "group",
+            self.group,
+            "a positive number of values per group, None for rows and tensors",
+        )
+        _require_rounding("quotient", self.quotient)
+        _require(self.clamp is None or self.clamp > 0, "clamp", self.clamp, "None or a positive number")
         _require(self.code is not torch.int8 or self.clamp is not None, "clamp", None, "a number for int8 codes")
+        _require(kind(self.factor) == "f32", "factor", str(self.factor), "a float32 term")
+        _require(self.scale_dtype in (torch.float32, torch.uint8), "scale_dtype", self.scale_dtype, "float32 or uint8")
+        wanted = "f32" if self.scale_dtype is torch.float32 else "i32"
+        _require(self.scale is None or kind(self.scale) == wanted, "scale", str(self.scale), f"None or a {wanted} term")
+
+    @property
+    def needs_amax(self) -> bool:
+        """Whether any term reads the amax; a calibrated scale needs none."""
+        terms = [t for t in (self.factor, self.scale) if t is not None]
+        return any("amax" in t.leaves() for t in terms)
+
+    @property
+    def needs_given(self) -> bool:
+        """Whether any term reads a calibrated scalar."""
+        terms = [t for t in (self.factor, self.scale) if t is not None]
+        return any("given" in t.leaves() for t in terms)
+
+    @classmethod
+    def dynamic(
+        cls,
+        code: torch.dtype = torch.float8_e4m3fn,
+        divisor: float = 448.0,
+        group: int | None = None,
+        *,
+        per_tensor: bool = False,
+        amax_floor: float | None = None,
+        amax_ceiling: float | None = None,
+        zero_scale: float | None = None,
+        scale_floor: float | None = None,
+        scale_rule: ScaleRule = ScaleRule.RECIPROCAL,
+        scale_dtype: torch.dtype = torch.float32,
+        quotient_rule: QuotientRule = QuotientRule.DIVIDE,
+        power_of_two: PowerOfTwo = PowerOfTwo.NO,
+        clamp: float | None = 448.0,
+        clamp_low: float | None = None,
+        rounding: Rounding = Rounding.CAST,
+    ) -> Quantizer:
+        """The quantizers that public systems use, by the choices in which they differ.
+
+        Args:
+            code: the dtype of the codes.
+            divisor: what amax is divided by to give the scale, usually the largest code.
+            group: values per scale along the row, or None for one scale per row.
+            per_tensor: one scale for the whole tensor.
+            amax_floor, amax_ceiling: bounds of amax, or None.
+            zero_scale: what a scale of zero is replaced by, or None.
+            scale_floor: lower bound of the scale, after it became a power of two; or None.
+            scale_rule: how the scale comes from amax.
+            scale_dtype: dtype to which the scale is rounded; it is returned as float32.
+            quotient_rule: how values are divided by the scale.
+            power_of_two: whether and how scales become powers of two, as UE8M0 consumers need.
+            clamp, clamp_low, rounding: as the fields.
+
+        Raises:
+            SpecError: a value is not allowed; the message names it.
+        """
+        _require(divisor > 0 and math.isfinite(divisor), "divisor", divisor, "a positive finite number")
+        for name, bound in {
+            "amax_floor": amax_floor,
+            "amax_ceiling": amax_ceiling,
+            "zero_scale": zero_scale,
+            "scale_floor": scale_floor,
+        }.items():
+            _require(bound is None or bound > 0, name, bound, "None or a positive number")
+        _require_rounding("scale_dtype", scale_dtype)
+        multiplies = quotient_rule is QuotientRule.MULTIPLIER
+        by_multiplier = scale_rule in (ScaleRule.MULTIPLIER, ScaleRule.INVERSE_MULTIPLIER)
+        _require(
+            not by_multiplier or multiplies, "quotient_rule", quotient_rule.value, "multiplier, as scale_rule is one"
+        )
+        peak = AMAX
+        if amax_floor is not None:
+            peak = Term("max", (peak, amax_floor))
+        if amax_ceiling is not None:
+            peak = Term("min", (peak, amax_ceiling))
+        if by_multiplier or multiplies:
+            multiplier = Term("mul", (Term("reciprocal", (peak,)), divisor))
+        if by_multiplier:
+            scale = multiplier
+        elif scale_rule is ScaleRule.DIVIDE:
+            scale = Term("div", (peak, divisor))
+        else:
+            scale = Term("mul", (peak, reciprocal_of(divisor)))
+        if scale_dtype is not torch.float32:
+            scale = Term(DTYPE_NAMES[scale_dtype], (scale,))
+        if zero_scale is not None:
+            scale = Term("where", (Term("eq", (scale, 0.0)), zero_scale, scale))
+        scale = _power_of_two(scale, power_of_two)
+        if scale_floor is not None:
+            scale = Term("max", (scale, scale_floor))
+        if by_multiplier:
+            factor, scale = scale, Term("reciprocal", (scale,)) if scale_rule is ScaleRule.INVERSE_MULTIPLIER else scale
+        elif multiplies:
+            factor = multiplier
+        else:
+            factor = scale if quotient_rule is QuotientRule.DIVIDE else Term("reciprocal", (scale,))
+        return cls(
+            code=code,
+            factor=factor,
+            divides=quotient_rule is QuotientRule.DIVIDE,
+            scale=scale,
+            granularity=Granularity.TENSOR if per_tensor else Granularity.ROW if group is None else Granularity.GROUP,
+            group=group,
+            clamp=clamp,
+            clamp_low=clamp_low,
+            rounding=rounding,
+        )
+
+    @classmethod
+    def static(
+        cls,
+        code: torch.dtype = torch.float8_e4m3fn,
+        *,
+        quotient_rule: QuotientRule = QuotientRule.RECIPROCAL,
+        clamp: float | None = 448.0,
+        clamp_low: float | None = None,
+        rounding: Rounding = Rounding.CAST,
+    ) -> Quantizer:
+        """Quantization by one calibrated scale, which the op reads from a tensor of one value.
+
+        Args:
+            quotient_rule: how values are divided by the scale, or multiplied if it is a multiplier.
+            code, clamp, clamp_low, rounding: as the fields.
+        """
+        return cls(
+            code=code,
+            factor=Term("reciprocal", (GIVEN,)) if quotient_rule is QuotientRule.RECIPROCAL else GIVEN,
+            divides=quotient_rule is QuotientRule.DIVIDE,
+            scale=None,
+            granularity=Granularity.TENSOR,
+            clamp=clamp,
+            clamp_low=clamp_low,
+            rounding=rounding,
+        )
+
+
+def reciprocal_of(divisor: float) -> float:
+    """f32(1 / f32(divisor)), by which eager CUDA code multiplies where Python divides by a number."""
+    return torch.tensor(divisor, dtype=torch.float32, device="cpu").reciprocal().item()
+
+
+def _power_of_two(scale: Term, rule: PowerOfTwo) -> Term:
+    if rule is PowerOfTwo.CEIL_BITS:
+        # The biased exponent, one more if any bit of the mantissa is set.
+        bits = Term("bits", (scale,))
+        fraction = Term("i32", (Term("ne", (Term("bit_and", (bits, 0x7FFFFF)), 0)),))
+        exponent = Term("add", (Term("bit_and", (Term("shr", (bits, 23)), 0xFF)), fraction))
+        return Term("from_bits", (Term("shl", (exponent, 23)),))
+    if rule is PowerOfTwo.NO:
+        return scale
+    whole = "ceil" if rule is PowerOfTwo.CEIL else "floor"
+    return Term("exp2", (Term(whole, (Term("log2", (scale,)),)),))
 
 
 @dataclass(frozen=True)
@@ -253,12 +432,12 @@ class FusedSpec:
 
 
 _CLASSES: dict[str, Any] = {cls.__name__: cls for cls in (NoPrologue, RMSNorm, GatedActivation, Quantizer, FusedSpec)}
+_TERM_FIELDS = ("factor", "scale")
 _ENUM_FIELDS: dict[str, type[enum.Enum]] = {
     "weight": Weight,
     "mean": Mean,
     "activation": Activation,
-    "scale_rule": ScaleRule,
-    "quotient_rule": QuotientRule,
+    "granularity": Granularity,
     "root": Root,
     "rounding": Rounding,
     "layout": ScaleLayout,
@@ -266,6 +445,8 @@ _ENUM_FIELDS: dict[str, type[enum.Enum]] = {
 
 
 def _encode(value: Any) -> str:
+    if isinstance(value, Term):
+        return repr(str(value))
     if dataclasses.is_dataclass(value):
         fields = ", ".join(f"{f.name}={_encode(getattr(value, f.name))}" for f in dataclasses.fields(value))
         return f"{type(value).__name__}({fields})"
@@ -285,7 +466,7 @@ def decode(text: str) -> FusedSpec:
     """
     try:
         spec = _decode(ast.parse(text, mode="eval").body, field="")
-    except (SyntaxError, KeyError, TypeError, AttributeError) as error:
+    except (SyntaxError, KeyError, TypeError, AttributeError, TermError) as error:
         raise SpecError(f"spec is {text!r}; allowed: the text of FusedSpec.encode() ({error})") from None
     _require(isinstance(spec, FusedSpec), "spec", text, "the text of FusedSpec.encode()")
     assert isinstance(spec, FusedSpec)
@@ -298,4 +479,5 @@ def _decode(node: ast.expr, field: str) -> Any:
         return _CLASSES[node.func.id](**{str(k.arg): _decode(k.value, str(k.arg)) for k in node.keywords})
     if isinstance(node, ast.Name):
         return _ENUM_FIELDS[field](node.id) if field in _ENUM_FIELDS else _DTYPES[node.id]
-    return ast.literal_eval(node)
+    value = ast.literal_eval(node)
+    return parse(value) if field in _TERM_FIELDS and value is not None else value

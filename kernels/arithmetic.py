@@ -67,8 +67,16 @@ if INTERPRETED:
     def nearest_even(x):
         return _from_torch(_to_torch(x).round(), tl.float32)
 
-    def power_of_two_above(x):
-        return _from_torch(_to_torch(x).log2().ceil().exp2(), tl.float32)
+    def _by_torch(operation):
+        return lambda x: _from_torch(operation(_to_torch(x)), x.dtype.scalar)
+
+    ceiling, floor, logarithm2, exponential2 = map(_by_torch, (torch.ceil, torch.floor, torch.log2, torch.exp2))
+
+    def power_of(base, x):
+        return _from_torch(torch.pow(base, _to_torch(x)), x.dtype.scalar)
+
+    def integer(x):
+        return _from_torch(_to_torch(x).to(torch.int32), tl.int32)
 
     def sum_of_squares(x, GROUP, N):
         rows = _to_torch(x)[:, :, : int(GROUP)].flatten(1)[:, : int(N)]
@@ -108,9 +116,31 @@ else:
         return libdevice.rint(x)
 
     @triton.jit
-    def power_of_two_above(x):
-        """exp2(ceil(log2(x))) as ATen's kernels compute it on CUDA."""
-        return libdevice.exp2(libdevice.ceil(libdevice.log2(x)))
+    def ceiling(x):
+        return libdevice.ceil(x)
+
+    @triton.jit
+    def floor(x):
+        return libdevice.floor(x)
+
+    @triton.jit
+    def logarithm2(x):
+        """torch.log2; ATen's kernels call the same function of the CUDA math library."""
+        return libdevice.log2(x)
+
+    @triton.jit
+    def exponential2(x):
+        return libdevice.exp2(x)
+
+    @triton.jit
+    def power_of(base: tl.constexpr, x):
+        """torch.pow(base, x)."""
+        return libdevice.pow(tl.full(x.shape, base, x.dtype), x)
+
+    @triton.jit
+    def integer(x):
+        """x truncated to int32; NaN is zero."""
+        return x.to(tl.int32)
 
     @triton.jit
     def sum_of_squares(x, GROUP: tl.constexpr, N: tl.constexpr):
@@ -165,38 +195,6 @@ def amax(x, AXIS: tl.constexpr):
 
 
 @triton.jit
-def at_least(x, floor: tl.constexpr):
-    """max(x, floor) that keeps NaN, as torch.clamp."""
-    return tl.where(x < floor, floor, x)
-
-
-@triton.jit
-def dequantization_scale(
-    peak,
-    AMAX_FLOOR: tl.constexpr,
-    SCALE_FLOOR: tl.constexpr,
-    DIVISOR: tl.constexpr,
-    RECIPROCAL: tl.constexpr,
-    SCALE_ROUNDING: tl.constexpr,
-    POWER_OF_TWO: tl.constexpr,
-):
-    """The scale from amax: divided by DIVISOR, or with RECIPROCAL times its f32 reciprocal."""
-    if AMAX_FLOOR is not None:
-        peak = at_least(peak, AMAX_FLOOR)
-    if RECIPROCAL:
-        # Eager CUDA divides by a Python scalar so.
-        scale = peak * tl.math.div_rn(tl.full(peak.shape, 1.0, tl.float32), tl.full(peak.shape, DIVISOR, tl.float32))
-    else:
-        scale = tl.math.div_rn(peak, tl.full(peak.shape, DIVISOR, tl.float32))
-    scale = round_to(scale, SCALE_ROUNDING)
-    if POWER_OF_TWO:
-        scale = power_of_two_above(scale)
-    if SCALE_FLOOR is not None:
-        scale = at_least(scale, SCALE_FLOOR)
-    return scale
-
-
-@triton.jit
 def cast_overflowing(q, LARGEST: tl.constexpr, OVERFLOW: tl.constexpr, dtype: tl.constexpr):
     """The f32 tile q in an fp8 dtype, magnitudes above LARGEST becoming the code OVERFLOW with the sign of q."""
     bits = cast(q, dtype).to(tl.uint8, bitcast=True)
@@ -207,24 +205,26 @@ def cast_overflowing(q, LARGEST: tl.constexpr, OVERFLOW: tl.constexpr, dtype: tl
 @triton.jit
 def codes(
     y,
-    scale,
+    factor,
+    DIVIDES: tl.constexpr,
+    ORDINARY: tl.constexpr,
+    QUOTIENT_ROUNDING: tl.constexpr,
     NEAREST_EVEN: tl.constexpr,
     CLAMP_LOW: tl.constexpr,
     CLAMP: tl.constexpr,
-    EXACT_QUOTIENT: tl.constexpr,
-    ORDINARY: tl.constexpr,
     LARGEST: tl.constexpr,
     OVERFLOW: tl.constexpr,
     dtype: tl.constexpr,
 ):
-    """cast(clamp(y / scale)), or with EXACT_QUOTIENT false cast(clamp(y * (1 / scale))); scale broadcasts against y.
+    """cast(clamp(round(y / factor))), or with DIVIDES false cast(clamp(round(y * factor))); factor broadcasts against y.
 
     OVERFLOW None: the cast saturates, or the clamp leaves it nothing to saturate.
     """
-    if EXACT_QUOTIENT:
-        q = divide(y, scale, ORDINARY)
+    if DIVIDES:
+        q = divide(y, factor, ORDINARY)
     else:
-        q = y * tl.math.div_rn(tl.full(scale.shape, 1.0, tl.float32), scale)
+        q = y * factor
+    q = round_to(q, QUOTIENT_ROUNDING)
     if NEAREST_EVEN:
         q = nearest_even(q)
     if CLAMP is not None:

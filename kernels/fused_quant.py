@@ -11,7 +11,6 @@ from .arithmetic import (
     amax,
     cast,
     codes,
-    dequantization_scale,
     reciprocal_root,
     root,
     round_to,
@@ -19,6 +18,7 @@ from .arithmetic import (
     sum_of_squares,
     times,
 )
+from .scale_program import evaluate
 
 
 @triton.jit
@@ -76,6 +76,8 @@ def fused_quant_kernel(
     x_ptr,
     other_ptr,
     weight_ptr,
+    given_ptr,
+    amax_ptr,
     code_ptr,
     scale_ptr,
     sum_ptr,
@@ -97,14 +99,11 @@ def fused_quant_kernel(
     SUM_ROUNDING: tl.constexpr,
     INNER_ROUNDING: tl.constexpr,
     PRODUCT_ROUNDING: tl.constexpr,
-    AMAX_FLOOR: tl.constexpr,
-    SCALE_FLOOR: tl.constexpr,
-    DIVISOR: tl.constexpr,
-    RECIPROCAL: tl.constexpr,
-    SCALE_ROUNDING: tl.constexpr,
-    POWER_OF_TWO: tl.constexpr,
-    EXACT_QUOTIENT: tl.constexpr,
+    PEAK: tl.constexpr,
+    PROGRAM: tl.constexpr,
+    DIVIDES: tl.constexpr,
     ORDINARY: tl.constexpr,
+    QUOTIENT_ROUNDING: tl.constexpr,
     NEAREST_EVEN: tl.constexpr,
     CLAMP_LOW: tl.constexpr,
     CLAMP: tl.constexpr,
@@ -115,8 +114,12 @@ def fused_quant_kernel(
     """One program: a tile of ROWS rows x GROUPS groups x LANES >= GROUP values; a norm needs tiles of whole rows.
 
     x and other: (M, N), rows at ``x_stride`` and ``other_stride``; other is a norm's residual or an activation's up half.
-    weight: (N,). code, sum, value: (M, N) contiguous. scale: (M, N // GROUP) f32, or with COLUMN_SCALES consecutive
-    (N // GROUP, scale_rows) matrices, each for ``scale_rows`` rows. Absent tensors and what goes with them are None.
+    weight: (N,). given: a scalar. code, sum, value: (M, N) contiguous. scale: (M, N // GROUP), or with COLUMN_SCALES consecutive
+    (N // GROUP, scale_rows) matrices, each for ``scale_rows`` rows; one value if a tensor shares it. Absent tensors and what
+    goes with them are None.
+
+    PEAK says where the amax comes from: each ``group`` of the tile; ``none`` is needed; or one that the whole tensor shares,
+    in two launches: the first adds its tiles to it (``store``) and writes no codes, the second reads it (``load``).
     """
     rows = (tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS))[:, None, None]
     groups = (tl.program_id(1) * GROUPS + tl.arange(0, GROUPS))[None, :, None]
@@ -151,29 +154,47 @@ def fused_quant_kernel(
     if PROLOGUE == "silu_mul":
         up = load(other_ptr, rows * other_stride + columns, mask)
         x = round_to(round_to(silu(x), INNER_ROUNDING) * up, PRODUCT_ROUNDING)
-    if value_ptr is not None:
-        tl.store(value_ptr + out, cast(x, value_ptr.dtype.element_ty), mask)
-
-    scale = dequantization_scale(amax(x, 2), AMAX_FLOOR, SCALE_FLOOR, DIVISOR, RECIPROCAL, SCALE_ROUNDING, POWER_OF_TWO)
-    present = (rows < M) & (groups < N // GROUP)
-    # The lanes of absent rows and groups must not send the tile's quotients the slow way.
-    divisor = tl.where(present, scale, 1.0)
-    code = codes(
-        x,
-        divisor,
-        NEAREST_EVEN,
-        CLAMP_LOW,
-        CLAMP,
-        EXACT_QUOTIENT,
-        ORDINARY,
-        LARGEST,
-        OVERFLOW,
-        code_ptr.dtype.element_ty,
-    )
-    tl.store(code_ptr + out, code, mask)
-    if COLUMN_SCALES:
-        matrix = rows // scale_rows
-        at = (matrix * (N // GROUP) + groups) * scale_rows + (rows - matrix * scale_rows)
+    if PEAK == "store":
+        bits = tl.max(amax(tl.where(mask, x, 0.0), 2).to(tl.int32, bitcast=True), 1)
+        tl.atomic_max(amax_ptr, tl.max(tl.max(bits, 1), 0))
     else:
-        at = rows * (N // GROUP) + groups
-    tl.store(scale_ptr + at, scale, (rows < M) & (groups < N // GROUP))
+        if value_ptr is not None:
+            tl.store(value_ptr + out, cast(x, value_ptr.dtype.element_ty), mask)
+        if PEAK == "group":
+            peak = amax(x, 2)
+        else:
+            peak = tl.full([1, 1, 1], 0.0, tl.float32)
+        if PEAK == "load":
+            peak += tl.load(amax_ptr).to(tl.float32, bitcast=True)
+        given = tl.full(peak.shape, 0.0, tl.float32)
+        if given_ptr is not None:
+            given += tl.load(given_ptr).to(tl.float32)
+        factor, scale = evaluate(peak, given, PROGRAM)
+        present = (rows < M) & (groups < N // GROUP)
+        if PEAK == "group":
+            # The lanes of absent rows and groups must not send the tile's quotients the slow way.
+            factor = tl.where(present, factor, 1.0)
+        code = codes(
+            x,
+            factor,
+            DIVIDES,
+            ORDINARY,
+            QUOTIENT_ROUNDING,
+            NEAREST_EVEN,
+            CLAMP_LOW,
+            CLAMP,
+            LARGEST,
+            OVERFLOW,
+            code_ptr.dtype.element_ty,
+        )
+        tl.store(code_ptr + out, code, mask)
+        if scale_ptr is not None:
+            if PEAK != "group":
+                at = tl.full([1, 1, 1], 0, tl.int32)
+                present = at == tl.program_id(0) + tl.program_id(1)
+            elif COLUMN_SCALES:
+                matrix = rows // scale_rows
+                at = (matrix * (N // GROUP) + groups) * scale_rows + (rows - matrix * scale_rows)
+            else:
+                at = rows * (N // GROUP) + groups
+            tl.store(scale_ptr + at, scale.to(scale_ptr.dtype.element_ty), present)

@@ -15,17 +15,18 @@ from fusion_pass.specs import (
     DTYPE_NAMES,
     FusedSpec,
     GatedActivation,
+    Granularity,
     Quantizer,
-    QuotientRule,
     RMSNorm,
     Rounding,
     ScaleLayout,
-    ScaleRule,
     Weight,
 )
+from fusion_pass.terms import bounds
 
 from .arithmetic import INTERPRETED
 from .fused_quant import fused_quant_kernel
+from .scale_program import program
 
 # Values that a program holds; measured on an H200, where 1 x 1024 tiles and one 4096-value row are nearest the floor.
 _TILE_VALUES = 1024
@@ -59,10 +60,10 @@ def configure(spec: FusedSpec, row: int, few_rows: bool = False) -> LaunchConfig
     What decides is the cell and the row length; only tiles are made smaller where few rows leave processors idle. See
     benchmarks/tune.py for the measurements (one H200) behind the numbers.
     """
-    group = spec.quantizer.group or row
+    group = group_length(spec, row)
     lanes = triton.next_power_of_2(group)
-    groups = triton.next_power_of_2(row // group)
-    if not isinstance(spec.prologue, RMSNorm) and spec.quantizer.group is not None:
+    groups = triton.next_power_of_2(-(-row // group))
+    if not _whole_rows(spec):
         groups = min(max(1, _TILE_VALUES // lanes // (2 if few_rows else 1)), groups)
         return LaunchConfig(1, groups, lanes, _warps(groups * lanes, per_thread=8 if few_rows else 16))
     values = groups * lanes
@@ -79,21 +80,33 @@ def _warps(values: int, per_thread: int) -> int:
     return min(max(1, values // (32 * per_thread)), 32)
 
 
+def _whole_rows(spec: FusedSpec) -> bool:
+    """Whether a tile must hold whole rows: to add up a row, or to find its amax."""
+    return isinstance(spec.prologue, RMSNorm) or spec.quantizer.granularity is Granularity.ROW
+
+
+def group_length(spec: FusedSpec, row: int) -> int:
+    """Values per group of a tile; where a whole tensor shares the scale, as many as a program holds."""
+    if spec.quantizer.group is not None:
+        return spec.quantizer.group
+    return row if _whole_rows(spec) else min(triton.next_power_of_2(row), _TILE_VALUES)
+
+
 def check_row(spec: FusedSpec, row: int) -> None:
     """Raise ValueError if no kernel takes rows of ``row`` values."""
     group = spec.quantizer.group
     if group is not None and row % group:
         raise ValueError(f"x has rows of {row} values; allowed: a multiple of the group length {group}")
-    whole_row = group is None or isinstance(spec.prologue, RMSNorm)
-    if row < 1 or (whole_row and row > _LONGEST_ROW):
+    if row < 1 or (_whole_rows(spec) and row > _LONGEST_ROW):
         raise ValueError(f"x has rows of {row} values; allowed: 1 to {_LONGEST_ROW}")
 
 
 def launch(
     spec: FusedSpec,
     x: torch.Tensor,
-    other: torch.Tensor | None,
-    weight: torch.Tensor | None,
+    other: torch.Tensor | None = None,
+    weight: torch.Tensor | None = None,
+    given: torch.Tensor | None = None,
     wrap: Callable[[Any], Any] = lambda kernel: kernel,
 ) -> list[torch.Tensor]:
     """Run the fused kernel of ``spec``.
@@ -102,54 +115,80 @@ def launch(
         x: (..., N) float32, bfloat16 or float16; leading dims that collapse to one stride are not copied.
         other: as x: the residual of a norm, or the up half of a gated activation.
         weight: (N,) float.
+        given: one float, the calibrated scale that the quantizer's terms read.
         wrap: applied to the kernel before it is launched; lowering records the launch this way.
 
     Returns:
-        codes (..., N), scales float32 (..., N // group) or, in a column layout, (..., N // group, rows); then the
-        residual sum and the prologue's value if the spec asks for them. All contiguous.
+        codes (..., N); the scale if the spec returns one: (..., N // group), in a column layout (..., N // group, rows), or
+        (1,) for a whole tensor; then the residual sum and the prologue's value if the spec asks for them. All contiguous.
     """
     row = x.shape[-1]
-    group = spec.quantizer.group or row
     x, x_stride = _rows(x)
     other, other_stride = (None, None) if other is None else _rows(other)
     outputs = allocate(spec, x)
-    remaining = iter(outputs[2:])
+    named = dict(zip(output_names(spec), outputs, strict=True))
     count = x.numel() // row
+    group = group_length(spec, row)
     config = configure(spec, row, few_rows=isinstance(count, int) and count * row <= _FEW_VALUES)
     # Three dimensions: Inductor's launchers take no fewer.
-    grid = (-(-count // config.rows), -(-(row // group) // config.groups), 1)
-    wrap(fused_quant_kernel)[grid](
-        x_ptr=x,
-        other_ptr=other,
-        weight_ptr=weight if weight is None or weight.is_contiguous() else weight.contiguous(),
-        code_ptr=outputs[0],
-        scale_ptr=outputs[1],
-        sum_ptr=None if spec.sum_output is None else next(remaining),
-        value_ptr=None if spec.value_output is None else next(remaining),
-        M=count,
-        scale_rows=x.shape[-2] if spec.layout is ScaleLayout.COLUMN else None,
-        x_stride=x_stride,
-        other_stride=other_stride,
-        N=row,
-        GROUP=group,
-        ROWS=config.rows,
-        GROUPS=config.groups,
-        LANES=config.lanes,
+    grid = (-(-count // config.rows), -(-row // (group * config.groups)), 1)
+    arguments = {
+        "x_ptr": x,
+        "other_ptr": other,
+        "weight_ptr": weight if weight is None or weight.is_contiguous() else weight.contiguous(),
+        "given_ptr": given,
+        "amax_ptr": None,
+        "code_ptr": named["code"],
+        "scale_ptr": named.get("scale"),
+        "sum_ptr": named.get("sum"),
+        "value_ptr": named.get("value"),
+        "M": count,
+        "scale_rows": x.shape[-2] if spec.layout is ScaleLayout.COLUMN else None,
+        "x_stride": x_stride,
+        "other_stride": other_stride,
+        "N": row,
+        "GROUP": group,
+        "ROWS": config.rows,
+        "GROUPS": config.groups,
+        "LANES": config.lanes,
+        "PEAK": "group" if spec.quantizer.needs_amax else "none",
         **constants(spec),
-        num_warps=config.warps,
-    )
+        "num_warps": config.warps,
+    }
+    if spec.quantizer.granularity is Granularity.TENSOR and spec.quantizer.needs_amax:
+        amax = torch.zeros((1,), dtype=torch.int32, device=x.device)
+        first = dict.fromkeys(("code_ptr", "scale_ptr", "sum_ptr", "value_ptr"))
+        wrap(fused_quant_kernel)[grid](**{**arguments, **first, "amax_ptr": amax, "PEAK": "store"})
+        arguments |= {"amax_ptr": amax, "PEAK": "load"}
+    wrap(fused_quant_kernel)[grid](**arguments)
     return outputs
+
+
+def output_names(spec: FusedSpec) -> list[str]:
+    """What the op of ``spec`` returns, in order."""
+    optional = {"scale": spec.quantizer.scale, "sum": spec.sum_output, "value": spec.value_output}
+    return ["code", *(name for name, wanted in optional.items() if wanted is not None)]
+
+
+def written(arguments: dict[str, Any]) -> list[str]:
+    """The arguments of a launch that its kernel writes."""
+    names = ["code_ptr", "scale_ptr", "sum_ptr", "value_ptr"]
+    if arguments["PEAK"] == "store":
+        names.append("amax_ptr")
+    return [name for name in names if arguments[name] is not None]
 
 
 def allocate(spec: FusedSpec, x: torch.Tensor) -> list[torch.Tensor]:
     """The outputs of ``spec`` for an input like x, uninitialised."""
-    groups = x.shape[-1] // (spec.quantizer.group or x.shape[-1])
+    quantizer = spec.quantizer
     lead = list(x.shape[:-1])
-    scale = [*lead[:-1], groups, lead[-1]] if spec.layout is ScaleLayout.COLUMN else [*lead, groups]
-    outputs = [
-        torch.empty(x.shape, dtype=spec.quantizer.code, device=x.device),
-        torch.empty(scale, dtype=torch.float32, device=x.device),
-    ]
+    outputs = [torch.empty(x.shape, dtype=quantizer.code, device=x.device)]
+    if quantizer.scale is not None:
+        groups = x.shape[-1] // (quantizer.group or x.shape[-1])
+        scale = [*lead[:-1], groups, lead[-1]] if spec.layout is ScaleLayout.COLUMN else [*lead, groups]
+        if quantizer.granularity is Granularity.TENSOR:
+            scale = [1]
+        outputs.append(torch.empty(scale, dtype=quantizer.scale_dtype, device=x.device))
     extras = [dtype for dtype in (spec.sum_output, spec.value_output) if dtype is not None]
     return outputs + [torch.empty(x.shape, dtype=dtype, device=x.device) for dtype in extras]
 
@@ -174,12 +213,10 @@ def _cast_clamps(quantizer: Quantizer) -> bool:
     return quantizer.clamp == torch.finfo(quantizer.code).max
 
 
-def _ordinary_scales(quantizer: Quantizer) -> bool:
-    """Whether every finite scale is from 2^-80 to 2^126, where quotients need no rescaling."""
-    # A float16 scale may be rounded to zero from a floored amax.
-    amax_floor = 0.0 if quantizer.scale_dtype is torch.float16 else quantizer.amax_floor or 0.0
-    least = max(amax_floor / quantizer.divisor, quantizer.scale_floor or 0.0)
-    return least >= 2.0**-80 and quantizer.divisor >= 4 and (quantizer.scale_floor or 0.0) <= 2.0**126
+def _ordinary(quantizer: Quantizer) -> bool:
+    """Whether every finite divisor is from 2^-80 to 2^126, where quotients need no rescaling."""
+    least, most = bounds(quantizer.factor, torch.finfo(torch.float32).max)
+    return least >= 2.0**-80 and most <= 2.0**126
 
 
 def _overflow(quantizer: Quantizer) -> int | None:
@@ -234,14 +271,10 @@ def constants(spec: FusedSpec) -> dict[str, Any]:
             "PRODUCT_ROUNDING": DTYPE_NAMES[prologue.product],
         }
     return arguments | {
-        "AMAX_FLOOR": quantizer.amax_floor,
-        "SCALE_FLOOR": quantizer.scale_floor,
-        "DIVISOR": quantizer.divisor,
-        "RECIPROCAL": quantizer.scale_rule is ScaleRule.RECIPROCAL,
-        "SCALE_ROUNDING": DTYPE_NAMES[quantizer.scale_dtype],
-        "EXACT_QUOTIENT": quantizer.quotient_rule is QuotientRule.DIVIDE,
-        "ORDINARY": _ordinary_scales(quantizer),
-        "POWER_OF_TWO": quantizer.power_of_two,
+        "PROGRAM": program(quantizer.factor, quantizer.scale),
+        "DIVIDES": quantizer.divides,
+        "ORDINARY": _ordinary(quantizer),
+        "QUOTIENT_ROUNDING": DTYPE_NAMES[quantizer.quotient],
         "NEAREST_EVEN": quantizer.rounding is Rounding.NEAREST_EVEN,
         "CLAMP": None if _cast_clamps(quantizer) else quantizer.clamp,
         "CLAMP_LOW": quantizer.clamp_low if quantizer.clamp_low is not None else -(quantizer.clamp or 0.0),

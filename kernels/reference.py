@@ -5,26 +5,32 @@ Computed eagerly on the device of the code it stands for, it gives that code's b
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
+
 import torch
 import torch.nn.functional as F  # noqa: N812
 
 from fusion_pass.specs import (
     FusedSpec,
     GatedActivation,
+    Granularity,
     Mean,
     Quantizer,
-    QuotientRule,
     RMSNorm,
     Root,
     Rounding,
     ScaleLayout,
-    ScaleRule,
     Weight,
 )
+from fusion_pass.terms import LEAVES, Operand, Term, kind
 
 
 def reference(
-    spec: FusedSpec, x: torch.Tensor, other: torch.Tensor | None, weight: torch.Tensor | None
+    spec: FusedSpec,
+    x: torch.Tensor,
+    other: torch.Tensor | None = None,
+    weight: torch.Tensor | None = None,
+    given: torch.Tensor | None = None,
 ) -> list[torch.Tensor]:
     """Shapes, dtypes and order of the results as :func:`fusion_pass.kernels.launch.launch` returns them."""
     value, total = x.float(), None
@@ -34,10 +40,9 @@ def reference(
         assert other is not None
         activated = _round(F.silu(value), spec.prologue.activated)
         value = _round(activated * other.float(), spec.prologue.product)
-    codes, scale = _quantize(spec.quantizer, value)
+    outputs = _quantize(spec.quantizer, value, given)
     if spec.layout is ScaleLayout.COLUMN:
-        scale = scale.transpose(-1, -2).contiguous()
-    outputs = [codes, scale]
+        outputs[1] = outputs[1].transpose(-1, -2).contiguous()
     if spec.sum_output is not None:
         assert total is not None
         outputs.append(total.to(spec.sum_output).contiguous())
@@ -80,22 +85,82 @@ def _over_root(root: Root, x: torch.Tensor, variance: torch.Tensor) -> torch.Ten
     return x / variance.sqrt()
 
 
-def _quantize(quantizer: Quantizer, value: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    grouped = value.unflatten(-1, (-1, quantizer.group or value.shape[-1]))  # type: ignore[no-untyped-call]
-    amax = grouped.abs().amax(-1, keepdim=True) if value.numel() else grouped[..., :1]
-    if quantizer.amax_floor is not None:
-        amax = amax.clamp(min=quantizer.amax_floor)
-    divisor = torch.full_like(amax, quantizer.divisor)
-    scale = amax / divisor if quantizer.scale_rule is ScaleRule.DIVIDE else amax * divisor.reciprocal()
-    scale = _round(scale, quantizer.scale_dtype)
-    if quantizer.power_of_two:
-        scale = scale.log2().ceil().exp2()
-    if quantizer.scale_floor is not None:
-        scale = scale.clamp(min=quantizer.scale_floor)
-    quotient = grouped / scale if quantizer.quotient_rule is QuotientRule.DIVIDE else grouped * scale.reciprocal()
+def _quantize(quantizer: Quantizer, value: torch.Tensor, given: torch.Tensor | None) -> list[torch.Tensor]:
+    """The codes, and the scale if the quantizer returns one."""
+    grouped = value.reshape(1, -1) if quantizer.granularity is Granularity.TENSOR else value
+    grouped = grouped.unflatten(-1, (-1, quantizer.group or grouped.shape[-1]))  # type: ignore[no-untyped-call]
+    amax = grouped[..., :1]
+    if quantizer.needs_amax and value.numel():
+        amax = grouped.abs().amax(-1, keepdim=True)
+    leaves = {"amax": amax, "given": None if given is None else given.float().reshape(())}
+    factor = evaluate(quantizer.factor, leaves)
+    assert isinstance(factor, torch.Tensor)
+    quotient = _round(grouped / factor if quantizer.divides else grouped * factor, quantizer.quotient)
     if quantizer.rounding is Rounding.NEAREST_EVEN:
         quotient = quotient.round()
     if quantizer.clamp is not None:
         low = -quantizer.clamp if quantizer.clamp_low is None else quantizer.clamp_low
         quotient = quotient.clamp(low, quantizer.clamp)
-    return quotient.to(quantizer.code).reshape(value.shape).contiguous(), scale.squeeze(-1).contiguous()
+    outputs = [quotient.to(quantizer.code).reshape(value.shape).contiguous()]
+    if quantizer.scale is not None:
+        scale = evaluate(quantizer.scale, leaves)
+        assert isinstance(scale, torch.Tensor)
+        tensor = quantizer.granularity is Granularity.TENSOR
+        outputs.append((scale.reshape(1) if tensor else scale.squeeze(-1)).to(quantizer.scale_dtype).contiguous())
+    return outputs
+
+
+_DTYPES = {
+    "bf16": torch.bfloat16,
+    "f16": torch.float16,
+    "f32": torch.float32,
+    "f64": torch.float64,
+    "i32": torch.int32,
+}
+_OPERATIONS: dict[str, Callable[..., torch.Tensor]] = {
+    "max": torch.maximum,
+    "min": torch.minimum,
+    "mul": torch.mul,
+    "div": torch.div,
+    "add": torch.add,
+    "sub": torch.sub,
+    "neg": torch.neg,
+    "abs": torch.abs,
+    "reciprocal": torch.reciprocal,
+    "log2": torch.log2,
+    "exp2": torch.exp2,
+    "pow2": lambda x: torch.pow(2.0, x),
+    "ceil": torch.ceil,
+    "floor": torch.floor,
+    "round": torch.round,
+    "bits": lambda x: x.view(torch.int32),
+    "from_bits": lambda x: x.view(torch.float32),
+    "bit_and": torch.bitwise_and,
+    "bit_or": torch.bitwise_or,
+    "shl": torch.bitwise_left_shift,
+    "shr": torch.bitwise_right_shift,
+    "u8": lambda x: x.to(torch.int32) & 0xFF,
+    "isnan": torch.isnan,
+    "isinf": torch.isinf,
+    "negate": torch.logical_not,
+    "where": torch.where,
+    **{name: getattr(torch, name) for name in ("eq", "ne", "lt", "le", "gt", "ge")},
+}
+
+
+def evaluate(operand: Operand, leaves: Mapping[str, torch.Tensor | None], like: str = "f32") -> torch.Tensor:
+    """What a term is worth, from its leaves; a number as a tensor of the type ``like``."""
+    if not isinstance(operand, Term):
+        device = next(leaf.device for leaf in leaves.values() if leaf is not None)
+        return torch.full((), operand, dtype=_DTYPES[like], device=device)
+    if operand.op in LEAVES:
+        leaf = leaves[operand.op]
+        assert leaf is not None
+        return leaf
+    like = next((k for k in map(kind, operand.args) if k not in ("number", "bool")), "f32")
+    values = [evaluate(a, leaves, like) for a in operand.args]
+    if operand.op in ("bf16", "f16"):
+        return _round(values[0], _DTYPES[operand.op])
+    if operand.op in _DTYPES:
+        return values[0].to(_DTYPES[operand.op])
+    return _OPERATIONS[operand.op](*values)

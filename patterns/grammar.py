@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import fx
+from torch._subclasses.fake_tensor import FakeTensor
 
 from .values import FLOATS, Values, aten, dtype, same_shape, same_size, shape, tensor
 
@@ -112,18 +113,33 @@ def value(name: str) -> Pattern:
     return pattern
 
 
-def _constant(argument: Any, values: Values) -> float | None:
+def constant(argument: Any, values: Values) -> float | None:
     """The number an argument is: a Python scalar, or a tensor filled with one."""
     if isinstance(argument, (int, float)) and not isinstance(argument, bool):
         return float(argument)
-    if not isinstance(argument, fx.Node):
+    if not isinstance(argument, fx.Node) or tensor(argument) is None:
         return None
     node = values.core(argument)
-    if node.target in (aten.full.default, aten.scalar_tensor.default, aten.full_like.default):
+    if node.target is aten.neg.default:
+        negated = constant(node.args[0], values)
+        return None if negated is None else -negated
+    number: Any = None
+    if node.op == "get_attr":
+        number = _attribute(node)
+    elif node.target in (aten.full.default, aten.scalar_tensor.default, aten.full_like.default):
         number = node.args[0] if node.target is aten.scalar_tensor.default else node.args[1]
-        if isinstance(number, (int, float)) and dtype(argument) in FLOATS:
-            return round_to(float(number), dtype(argument))
-    return None
+    if isinstance(number, bool) or not isinstance(number, (int, float)):
+        return None
+    return round_to(float(number), dtype(argument))
+
+
+def _attribute(node: fx.Node) -> float | None:
+    """The number in a tensor that tracing lifted out of the code, such as ``torch.tensor(1.0)``."""
+    module = node.graph.owning_module
+    stored = getattr(module, str(node.target), None)
+    if not isinstance(stored, torch.Tensor) or isinstance(stored, FakeTensor) or stored.numel() != 1:
+        return None
+    return float(stored)
 
 
 def round_to(number: float, kind: torch.dtype | None) -> float:
@@ -131,15 +147,14 @@ def round_to(number: float, kind: torch.dtype | None) -> float:
 
 
 def number(name: str) -> Pattern:
-    """A Python scalar, or a tensor filled with one; binds its value, and ``<name>_is_tensor``."""
+    """A Python scalar, or a tensor filled with one; binds its value."""
 
     def pattern(argument: Any, match: Match, search: Search) -> Iterator[Match]:
-        constant = _constant(argument, search.values)
-        if constant is None:
+        found = constant(argument, search.values)
+        if found is None:
             search.fail(argument, match, f"a constant for {name}")
             return
-        bound = match.bind(name, constant)
-        bound = bound and bound.bind(f"{name}_is_tensor", isinstance(argument, fx.Node))
+        bound = match.bind(name, found)
         if bound is not None:
             yield bound
 
@@ -150,7 +165,7 @@ def equal(wanted: float) -> Pattern:
     """The given number."""
 
     def pattern(argument: Any, match: Match, search: Search) -> Iterator[Match]:
-        if _constant(argument, search.values) == wanted:
+        if constant(argument, search.values) == wanted:
             yield match
         else:
             search.fail(argument, match, f"the number {wanted:g}")
@@ -203,6 +218,11 @@ def elementwise(a: tuple[Any, ...], b: tuple[Any, ...]) -> bool:
 def per_row(a: tuple[Any, ...], b: tuple[Any, ...]) -> bool:
     """The second operand has one value for each row of the first."""
     return len(a) == len(b) and same_shape(a[:-1], b[:-1]) and same_size(b[-1], 1)
+
+
+def per_scale(a: tuple[Any, ...], b: tuple[Any, ...]) -> bool:
+    """The second operand has one value for each row of the first, one for all, or one that was expanded to its shape."""
+    return per_row(a, b) or all(same_size(size, 1) for size in b) or same_shape(a, b)
 
 
 def per_column(a: tuple[Any, ...], b: tuple[Any, ...]) -> bool:
@@ -318,6 +338,25 @@ def reduce_rows(targets: tuple[Any, ...], operand: Pattern, *, size: str, exact:
                 return
             match = bound
         yield from reduction(node, match, search)
+
+    return pattern
+
+
+def reduce_all(targets: tuple[Any, ...], operand: Pattern, *, size: str) -> Pattern:
+    """A reduction of every dim to one value; binds ``size`` as None."""
+    reduction = op(targets, operand, exact=True, reduction=True)
+
+    def pattern(node: Any, match: Match, search: Search) -> Iterator[Match]:
+        core = search.values.core(node) if isinstance(node, fx.Node) else node
+        if not isinstance(core, fx.Node) or core.target not in targets or tensor(core) is None:
+            return
+        dims: Any = core.args[1] if len(core.args) > 1 else core.kwargs.get("dim", ())
+        rank = len(shape(core.args[0]))  # type: ignore[arg-type]
+        if dims and {d % rank for d in dims} != set(range(rank)):
+            return
+        bound = match.bind(size, None)
+        if bound is not None:
+            yield from reduction(node, bound, search)
 
     return pattern
 

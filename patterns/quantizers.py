@@ -1,10 +1,11 @@
-"""Dynamic fp8 quantizers, from the cast to fp8 up to the tensor they quantize.
+"""Quantizers, from the cast to fp8 or int8 up to the tensor they quantize.
 
-code = cast(clamp(x / scale)), scale = f(amax(|x|)), with one scale per row (per token) or per group of a row.
+code = cast(clamp(round(x / factor))), the factor a term of amax(|x|) per row, group or tensor, or of a calibrated scale.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -12,10 +13,10 @@ from typing import Any
 import torch
 from torch import fx
 
-from fusion_pass.specs import CODE_DTYPES, Quantizer, QuotientRule, Rounding, ScaleRule, SpecError
+from fusion_pass.specs import CODE_DTYPES, Granularity, Quantizer, Rounding, SpecError
+from fusion_pass.terms import AMAX, Term, bounds
 
 from .grammar import (
-    ABS,
     ADD,
     DIV,
     MUL,
@@ -23,41 +24,45 @@ from .grammar import (
     Pattern,
     Search,
     either,
-    equal,
-    getitem,
-    inverse,
-    named,
     number,
     op,
-    per_row,
-    reduce_rows,
+    per_scale,
     round_to,
     tagged,
     value,
 )
-from .values import FLOATS, VIEWS, aten, cast_dtype, dtype
-
-_MAXIMUM = (aten.maximum.default, aten.clamp_min.Tensor)
-_MINIMUM = (aten.minimum.default, aten.clamp_max.Tensor)
+from .scales import MAXIMUM, MINIMUM, ScaleReader, factor
+from .values import FLOATS, VIEWS, aten, cast_dtype, dtype, same_size, shape
 
 
 def _bounded(targets: tuple[Any, ...], tensor_targets: tuple[Any, ...], inner: Pattern, name: str) -> Pattern:
-    """inner bounded by a constant, which a low-precision operation rounds to its own dtype first."""
-    raw = f"{name}_written"
-    bounded = either(op(targets, inner, number(raw), exact=True), op(tensor_targets, inner, number(raw), exact=True))
+    """inner bounded by a constant, a Python scalar or a tensor."""
+    return either(op(targets, inner, number(name), exact=True), op(tensor_targets, inner, number(name), exact=True))
+
+
+def _level_of(inner: Pattern) -> Pattern:
+    """inner, binding the dtype it has before it is clamped."""
+
+    def pattern(node: Any, match: Match, search: Search) -> Iterator[Match]:
+        bound = match.bind("level", search.values.unrounded_dtype(node))
+        if bound is not None:
+            yield from inner(node, bound, search)
+
+    return pattern
+
+
+def _narrowed(inner: Pattern) -> Pattern:
+    """inner, possibly cast to a dtype that holds it exactly: a bf16 clamp is decomposed to a f32 one and a cast."""
 
     def pattern(node: Any, match: Match, search: Search) -> Iterator[Match]:
         core: Any = search.values.core(node) if isinstance(node, fx.Node) else node
-        kind = dtype(core)
-        if search.values.is_rounding(core):
-            # A bf16 clamp is decomposed to a f32 one that is rounded again: only its bound can round.
-            if search.values.unrounded_dtype(core.args[0].args[0]) != kind:
-                return
-            node, match = core.args[0], match.consume(core)
-        for found in bounded(node, match, search):
-            bound = found.bind(name, round_to(found[raw], kind))
-            if bound is not None:
-                yield bound
+        if not search.values.is_rounding(core):
+            yield from inner(node, match, search)
+            return
+        for found in inner(core.args[0], match.consume(core), search):
+            bounds_kept = all(round_to(found[name], dtype(core)) == found[name] for name in ("low", "high"))
+            if found["level"] == dtype(core) and bounds_kept:
+                yield found
 
     return pattern
 
@@ -75,60 +80,60 @@ def zero() -> Pattern:
 
 
 def at_least(inner: Pattern, name: str) -> Pattern:
-    return _bounded((aten.clamp_min.default, aten.clamp.default), _MAXIMUM, inner, name)
+    return _bounded((aten.clamp_min.default, aten.clamp.default), MAXIMUM, inner, name)
 
 
 def at_most(inner: Pattern, name: str) -> Pattern:
-    return _bounded((aten.clamp_max.default,), _MINIMUM, inner, name)
+    return _bounded((aten.clamp_max.default,), MINIMUM, inner, name)
+
+
+def _reader(match: Match, search: Search) -> ScaleReader:
+    return ScaleReader(match, search, match["device_type"])
 
 
 _x = value("x")
-_magnitude = op(ABS, _x, exact=True)
-_greatest = reduce_rows((aten.amax.default,), _x, size="group", exact=True)
-_least = reduce_rows((aten.amin.default,), _x, size="group", exact=True)
-_amax = either(
-    reduce_rows((aten.amax.default,), _magnitude, size="group", exact=True),
-    getitem(0, reduce_rows((aten.max.dim,), _magnitude, size="group", exact=True)),
-    # torchao's symmetric ranges: the greater of -min(x, 0) and max(x, 0).
-    op(
-        _MAXIMUM,
-        op((aten.neg.default,), op(_MINIMUM, _least, equal(0), exact=True, commutative=True), exact=True),
-        op(_MAXIMUM, _greatest, equal(0), exact=True, commutative=True),
-        exact=True,
-        commutative=True,
-    ),
-)
-_floored_amax = either(at_least(_amax, "amax_floor"), _amax)
-_quotient_of_amax = op(DIV, _floored_amax, number("divisor"), rounding="scale_dtype")
-_log2 = either(op((aten.log2.default,), _quotient_of_amax), op((aten.log2.default,), op(ABS, _quotient_of_amax)))
-_unfloored_scale = either(
-    tagged("power_of_two", True, op((aten.exp2.default,), op((aten.ceil.default,), _log2))),
-    tagged("power_of_two", False, _quotient_of_amax),
-)
-_scale = named("scale", either(at_least(_unfloored_scale, "scale_floor"), _unfloored_scale))
-_inverse_scale = inverse(_scale)
+_factor = factor(_reader)
+# Values are divided by the factor in the precision in which they come, or multiplied with it.
 _quotient = either(
-    tagged("quotient_rule", QuotientRule.DIVIDE, op(DIV, _x, _scale, shapes=per_row)),
-    tagged("quotient_rule", QuotientRule.RECIPROCAL, op(MUL, _x, _inverse_scale, commutative=True, shapes=per_row)),
+    tagged("divides", True, op(DIV, _x, _factor, rounding="quotient", shapes=per_scale)),
+    tagged("divides", False, op(MUL, _x, _factor, rounding="quotient", commutative=True, shapes=per_scale)),
 )
 _rounded = either(
-    tagged("rounding", Rounding.NEAREST_EVEN, op((aten.round.default,), _quotient)),
+    tagged("rounding", Rounding.NEAREST_EVEN, op((aten.round.default,), _quotient, exact=True)),
     tagged("rounding", Rounding.CAST, _quotient),
 )
 # Symmetric int8 quantization may still add its zero point.
 _level = either(_rounded, op(ADD, _rounded, zero(), commutative=True))
+
+
+def _clamped(inner: Pattern) -> Pattern:
+    inner = _level_of(inner)
+    return _narrowed(
+        either(
+            at_most(at_least(inner, "low"), "high"),
+            at_least(at_most(inner, "high"), "low"),
+            op((aten.clamp.default,), inner, number("low"), number("high"), exact=True),
+        )
+    )
+
+
 _saturated = either(
-    at_most(at_least(_level, "low"), "high"),
-    at_least(at_most(_level, "high"), "low"),
-    op((aten.clamp.default,), _level, number("low"), number("high"), exact=True),
-    _rounded,
+    _clamped(_level),
+    # Between whole bounds it does not matter which comes first.
+    tagged(
+        "rounding",
+        Rounding.NEAREST_EVEN,
+        tagged("clamped_first", True, op((aten.round.default,), _clamped(_quotient), exact=True)),
+    ),
+    _level,
 )
 
 
-@dataclass(frozen=True)
+@dataclass
 class QuantizerSite:
     """A recognised quantizer: the spec, the tensor it quantizes, and the nodes that hold its codes and scales.
 
+    ``spec`` returns no scale yet: that depends on which of the values in ``reader.terms`` the rest of the graph reads.
     ``spec.group`` is the length of the reduced dim; whether that is a whole row depends on the tensor's producer.
     """
 
@@ -136,9 +141,13 @@ class QuantizerSite:
     x: fx.Node
     x_used: fx.Node
     codes: fx.Node
-    scale: fx.Node
-    group: int
+    reader: ScaleReader
     nodes: tuple[fx.Node, ...]
+
+    @property
+    def given(self) -> fx.Node | None:
+        """The calibrated scale that the op reads."""
+        return self.reader.given
 
 
 def quantizing_cast(node: fx.Node) -> bool:
@@ -154,61 +163,99 @@ def quantizing_cast(node: fx.Node) -> bool:
 
 
 def recognise_quantizer(codes: fx.Node, search: Search, device_type: str) -> QuantizerSite | None:
-    """The dynamic quantizer that ends in the cast ``codes``, or None with the reason in ``search.failure``."""
-    for match in _saturated(codes.args[0], Match(nodes=(codes,)), search):
-        site = _describe(codes, match, search, device_type)
+    """The quantizer that ends in the cast ``codes``, or None with the reason in ``search.failure``."""
+    start = Match({"device_type": device_type}, (codes,))
+    for match in _saturated(codes.args[0], start, search):
+        site = _describe(codes, match, search)
         if site is not None:
             return site
     return None
 
 
-def _describe(codes: fx.Node, match: Match, search: Search, device_type: str) -> QuantizerSite | None:
-    if not _saturates(codes, match):
-        low, high = match.get("low"), match.get("high")
-        seen = "no clamp" if high is None else f"a clamp to [{low:g}, {high:g}]"
-        search.fail(codes, match, f"a clamp to what {cast_dtype(codes)} holds", seen)
-        return None
-    group = match["group"]
-    if not isinstance(group, int):
-        search.fail(codes, match, "groups of a static length", f"groups of {group} values")
+def _describe(codes: fx.Node, match: Match, search: Search) -> QuantizerSite | None:
+    reader: ScaleReader = match["reader"]
+    reader.match = match
+    problem = _problem(codes, match)
+    if problem is not None:
+        search.fail(codes, match, *problem)
         return None
     try:
-        spec = _spec(codes, match, group, device_type)
+        spec = _spec(codes, match)
     except SpecError as error:
         search.fail(codes, match, "constants that a kernel honours", str(error))
         return None
-    return QuantizerSite(spec, match["x"], match["x_used"], codes, match["scale"], group, match.nodes)
+    return QuantizerSite(spec, match["x"], match["x_used"], codes, reader, match.nodes)
 
 
-def _spec(codes: fx.Node, match: Match, group: int, device_type: str) -> Quantizer:
+def _problem(codes: fx.Node, match: Match) -> tuple[str, str] | None:
+    """What was expected and what was found where a match cannot be honoured."""
+    low, high = match.get("low"), match.get("high")
+    if not _saturates(codes, match):
+        seen = "no clamp" if high is None else f"a clamp to [{low:g}, {high:g}]"
+        return f"a clamp to what {cast_dtype(codes)} holds", seen
+    if "clamped_first" in match.captures and not (float(low).is_integer() and float(high).is_integer()):
+        return "whole bounds where values are rounded afterwards", f"a clamp to [{low:g}, {high:g}]"
+    group, repeats = match.get("group"), match["repeats"]
+    if group is not None and not isinstance(group, int):
+        return "groups of a static length", f"groups of {group} values"
+    if repeats is not None and repeats != group:
+        return f"scales expanded over their groups of {group}", f"scales expanded over {repeats} values"
+    per_row_only = repeats is None and group is not None
+    if per_row_only and not same_size(shape(match["x_used"])[-1], group):
+        return f"groups of {group} values", f"rows of {shape(match['x_used'])[-1]} values"
+    least, most = bounds(match["factor"])
+    if "zero_of_any_sign" in match.captures and (least <= 0 or not (match["divides"] or most < math.inf)):
+        return "a scale that is never zero, as it comes from extremes of either sign", f"{match['factor']}"
+    return None
+
+
+def _spec(codes: fx.Node, match: Match) -> Quantizer:
+    group = match.get("group")
+    low, high = match.get("low"), match.get("high")
+    code: Any = cast_dtype(codes)
+    if high is None and code is torch.int8:
+        high = 127.0
     return Quantizer(
-        code=cast_dtype(codes),  # type: ignore[arg-type]
-        divisor=match["divisor"],
+        code=code,
+        factor=match["factor"],
+        divides=match["divides"],
+        scale=None,
+        granularity=Granularity.TENSOR if group is None else Granularity.GROUP,
         group=group,
-        amax_floor=match.get("amax_floor"),
-        scale_floor=match.get("scale_floor"),
-        # A scalar divisor is a division on CPU and a multiplication by its f32 reciprocal on CUDA; a tensor always divides.
-        scale_rule=ScaleRule.DIVIDE if device_type == "cpu" or match["divisor_is_tensor"] else ScaleRule.RECIPROCAL,
-        scale_dtype=match["scale_dtype"],
-        quotient_rule=match["quotient_rule"],
-        clamp=match.get("high"),
-        clamp_low=None if "low" not in match.captures or match["low"] == -match["high"] else match["low"],
+        quotient=match["quotient"],
+        clamp=high,
+        clamp_low=None if low is None or low == -high else low,
         rounding=match["rounding"],
-        power_of_two=match["power_of_two"],
     )
 
 
 def _saturates(codes: fx.Node, match: Match) -> bool:
-    """Whether every value fits the codes: by its clamp, or because amax over the divisor is the scale.
-
-    Without a clamp, |x| / scale exceeds the divisor by roundings alone if a floor keeps the scale normal, and a divisor
-    up to the largest fp8 code is then rounded to that code at most.
-    """
-    code: Any = cast_dtype(codes)
+    """Whether every value fits the codes; what fp8 casts do with values too large is theirs, and the kernels'."""
     low, high = match.get("low"), match.get("high")
+    if cast_dtype(codes) is not torch.int8:
+        return high is None or bool(low < 0 < high)
     if high is None:
-        floored = (match.get("amax_floor") or 0.0) / match["divisor"] >= 2.0**-100
-        return bool(code is not torch.int8 and floored and match["divisor"] <= torch.finfo(code).max)
-    if code is torch.int8:
-        return bool(-128 <= low < 0 < high <= 127)
-    return bool(low == -high)
+        return _largest_quotient(match["factor"], match["divides"]) <= 127 and match["quotient"] is torch.float32
+    return bool(-128 <= low < 0 < high <= 127)
+
+
+def _largest_quotient(term: Term, divides: bool) -> float:
+    """What |x| over its factor is at most, but for two roundings, where the factor is amax over or under a number."""
+    of_amax = term.args[0] if term.args else None
+    if divides and term.op == "div" and _covers_amax(of_amax):
+        return float(term.args[1]) if not isinstance(term.args[1], Term) else math.inf
+    if divides and term.op == "mul" and _covers_amax(of_amax) and not isinstance(term.args[1], Term):
+        return round(1 / term.args[1], 3)
+    reciprocal = isinstance(of_amax, Term) and of_amax.op == "reciprocal" and _covers_amax(of_amax.args[0])
+    if not divides and term.op == "mul" and reciprocal and not isinstance(term.args[1], Term):
+        return float(term.args[1])
+    return math.inf
+
+
+def _covers_amax(operand: Any) -> bool:
+    """Whether operand is amax, or amax bounded from below to a normal number."""
+    if not isinstance(operand, Term):
+        return False
+    if operand.op == "max" and operand.args[0] == AMAX:
+        return not isinstance(operand.args[1], Term) and operand.args[1] >= 2.0**-100
+    return False

@@ -1,7 +1,5 @@
 """Specs travel through graphs as text and refuse what no kernel can honour."""
 
-import dataclasses
-
 import pytest
 import torch
 from hypothesis import given
@@ -12,6 +10,7 @@ from fusion_pass.specs import (
     GatedActivation,
     Mean,
     NoPrologue,
+    PowerOfTwo,
     Quantizer,
     QuotientRule,
     RMSNorm,
@@ -38,15 +37,18 @@ prologues = st.one_of(
     st.builds(GatedActivation, activated=roundings, product=roundings),
 )
 quantizers = st.builds(
-    Quantizer,
+    Quantizer.dynamic,
     code=st.sampled_from([torch.float8_e4m3fn, torch.float8_e5m2]),
     divisor=positive,
     group=st.sampled_from([32, 64, 128]),
     amax_floor=st.none() | positive,
+    amax_ceiling=st.none() | positive,
+    zero_scale=st.none() | positive,
     scale_floor=st.none() | positive,
-    scale_rule=st.sampled_from(ScaleRule),
+    power_of_two=st.sampled_from(PowerOfTwo),
+    scale_rule=st.sampled_from([ScaleRule.DIVIDE, ScaleRule.RECIPROCAL]),
     scale_dtype=roundings,
-    quotient_rule=st.sampled_from(QuotientRule),
+    quotient_rule=st.sampled_from([QuotientRule.DIVIDE, QuotientRule.RECIPROCAL]),
     clamp=st.none() | positive,
 )
 
@@ -69,12 +71,12 @@ def test_text_round_trip(spec):
 )
 def test_a_bad_field_is_named(field, value):
     with pytest.raises(SpecError, match=field):
-        dataclasses.replace(Quantizer(), **{field: value})
+        Quantizer.dynamic(**{field: value})
 
 
 def test_per_token_scales_have_no_column_layout():
     with pytest.raises(SpecError, match="layout"):
-        FusedSpec(NoPrologue(), Quantizer(group=None), ScaleLayout.COLUMN)
+        FusedSpec(NoPrologue(), Quantizer.dynamic(), ScaleLayout.COLUMN)
 
 
 @pytest.mark.parametrize("text", ["", "Quantizer()", "FusedSpec(prologue=open('x'))", "1 +"])

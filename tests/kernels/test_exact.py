@@ -1,5 +1,6 @@
 """Every kernel against the reference, and the reference against eager code: codes and scales bit for bit."""
 
+import dataclasses
 import itertools
 
 import pytest
@@ -14,6 +15,7 @@ from fusion_pass.specs import (
     GatedActivation,
     Mean,
     NoPrologue,
+    PowerOfTwo,
     Quantizer,
     QuotientRule,
     RMSNorm,
@@ -23,6 +25,7 @@ from fusion_pass.specs import (
     ScaleRule,
     Weight,
 )
+from fusion_pass.terms import parse
 from fusion_pass.testing import compare
 
 import spelled
@@ -62,7 +65,8 @@ def check(spec, shape, dtype, device):
         other = None
     if not exact or spec.prologue.weight is Weight.NONE:
         weight = None
-    result = compare(launch(spec, x, other, weight), reference(spec, x, other, weight))
+    given = torch.tensor([1.25], device=device) if spec.quantizer.needs_given else None
+    result = compare(launch(spec, x, other, weight, given), reference(spec, x, other, weight, given))
     assert result.equal, f"{spec}: {result}"
 
 
@@ -70,7 +74,7 @@ def check(spec, shape, dtype, device):
 @pytest.mark.parametrize("group", [None, 32, 128])
 @pytest.mark.parametrize("dtype", [BF16, F16, F32], ids=str)
 def test_kernels_equal_the_reference(prologue, group, dtype, device):
-    quantizer = Quantizer(group=group, amax_floor=1e-10, scale_rule=native(device)[0])
+    quantizer = Quantizer.dynamic(group=group, amax_floor=1e-10, scale_rule=native(device)[0])
     layouts = [ScaleLayout.ROW] if group is None else list(ScaleLayout)
     for layout, shape in itertools.product(layouts, SHAPES):
         check(FusedSpec(prologues(device, dtype)[prologue], quantizer, layout), shape, dtype, device)
@@ -79,21 +83,23 @@ def test_kernels_equal_the_reference(prologue, group, dtype, device):
 @pytest.mark.parametrize(
     "quantizer",
     [
-        Quantizer(group=128, scale_rule=ScaleRule.DIVIDE),
-        Quantizer(group=128, scale_rule=ScaleRule.RECIPROCAL),
-        Quantizer(group=64, quotient_rule=QuotientRule.RECIPROCAL),
-        Quantizer(group=96, amax_floor=1e-4),
-        Quantizer(scale_floor=1 / (448 * 512)),
-        Quantizer(scale_dtype=BF16),
-        Quantizer(code=torch.float8_e5m2, divisor=57344.0, clamp=57344.0, group=32),
-        Quantizer(divisor=100.0, clamp=37.5),
-        Quantizer(group=128, amax_floor=1e-10, power_of_two=True),
-        Quantizer(amax_floor=1e-10, power_of_two=True, scale_floor=1e-6, quotient_rule=QuotientRule.RECIPROCAL),
-        Quantizer(code=torch.int8, divisor=127.0, clamp=127.0, amax_floor=1e-10),
-        Quantizer(
+        Quantizer.dynamic(group=128, scale_rule=ScaleRule.DIVIDE),
+        Quantizer.dynamic(group=128, scale_rule=ScaleRule.RECIPROCAL),
+        Quantizer.dynamic(group=64, quotient_rule=QuotientRule.RECIPROCAL),
+        Quantizer.dynamic(group=96, amax_floor=1e-4),
+        Quantizer.dynamic(scale_floor=1 / (448 * 512)),
+        Quantizer.dynamic(scale_dtype=BF16),
+        Quantizer.dynamic(code=torch.float8_e5m2, divisor=57344.0, clamp=57344.0, group=32),
+        Quantizer.dynamic(divisor=100.0, clamp=37.5),
+        Quantizer.dynamic(group=128, amax_floor=1e-10, power_of_two=PowerOfTwo.CEIL),
+        Quantizer.dynamic(
+            amax_floor=1e-10, power_of_two=PowerOfTwo.CEIL, scale_floor=1e-6, quotient_rule=QuotientRule.RECIPROCAL
+        ),
+        Quantizer.dynamic(code=torch.int8, divisor=127.0, clamp=127.0, amax_floor=1e-10),
+        Quantizer.dynamic(
             code=torch.int8, divisor=127.0, clamp=127.0, group=32, rounding=Rounding.NEAREST_EVEN, amax_floor=1e-5
         ),
-        Quantizer(
+        Quantizer.dynamic(
             code=torch.int8,
             divisor=127.5,
             scale_dtype=BF16,
@@ -103,21 +109,53 @@ def test_kernels_equal_the_reference(prologue, group, dtype, device):
             clamp=127.0,
             clamp_low=-128.0,
         ),
-        Quantizer(divisor=2000.0, clamp=None, group=64),
-        Quantizer(divisor=2000.0, clamp=1000.0),
-        Quantizer(code=torch.float8_e5m2, divisor=200000.0, clamp=None),
+        Quantizer.dynamic(divisor=2000.0, clamp=None, group=64),
+        Quantizer.dynamic(group=64, amax_floor=1e-4, amax_ceiling=1.5, scale_rule=ScaleRule.DIVIDE),
+        Quantizer.dynamic(group=64, amax_floor=1e-4, power_of_two=PowerOfTwo.CEIL_BITS),
+        Quantizer.dynamic(zero_scale=1.0, scale_dtype=BF16),
+        Quantizer.dynamic(amax_floor=1e-12, scale_rule=ScaleRule.MULTIPLIER, quotient_rule=QuotientRule.MULTIPLIER),
+        Quantizer.dynamic(
+            amax_floor=1e-12,
+            scale_rule=ScaleRule.INVERSE_MULTIPLIER,
+            quotient_rule=QuotientRule.MULTIPLIER,
+            power_of_two=PowerOfTwo.FLOOR,
+        ),
+        Quantizer.dynamic(torch.int8, 127.0, clamp=127.0, quotient_rule=QuotientRule.MULTIPLIER),
+        Quantizer.dynamic(amax_floor=1e-10, per_tensor=True),
+        Quantizer.dynamic(scale_floor=1e-5, per_tensor=True, quotient_rule=QuotientRule.RECIPROCAL),
+        Quantizer.static(),
+        Quantizer.static(quotient_rule=QuotientRule.DIVIDE),
+        Quantizer.static(torch.int8, clamp=127.0, rounding=Rounding.NEAREST_EVEN),
+        # torchao's float64 detour, and a bound that is a tensor.
+        dataclasses.replace(
+            Quantizer.dynamic(quotient_rule=QuotientRule.RECIPROCAL),
+            factor=parse("f32((reciprocal(max(f64(amax), 1e-12)) * 448.0))"),
+            scale=parse("reciprocal(f32((reciprocal(max(f64(amax), 1e-12)) * 448.0)))"),
+        ),
+        dataclasses.replace(Quantizer.dynamic(), factor=parse("(min(amax, given) / 448.0)"), scale=None),
+        # The exponent as a byte, as MX formats store it.
+        dataclasses.replace(
+            Quantizer.dynamic(group=32),
+            factor=parse("from_bits(shl(max((bit_and(shr(bits(amax), 23), 255) - 8), 1), 23))"),
+            scale=parse("u8(max((bit_and(shr(bits(amax), 23), 255) - 8), 1))"),
+            scale_dtype=torch.uint8,
+        ),
+        Quantizer.dynamic(divisor=2000.0, clamp=1000.0),
+        Quantizer.dynamic(code=torch.float8_e5m2, divisor=200000.0, clamp=None),
     ],
 )
 def test_quantizer_fields(quantizer, device):
     check(FusedSpec(NoPrologue(), quantizer), (5, 384), BF16, device)
     check(FusedSpec(GatedActivation(activated=BF16, product=BF16), quantizer), (5, 384), BF16, device)
+    norm = RMSNorm(1e-6, mean=native(device)[1], normalized=BF16, product=BF16)
+    check(FusedSpec(norm, quantizer, value_output=BF16), (2, 3, 384), BF16, device)
 
 
 @pytest.mark.parametrize("prologue", ["add norm", "add norm, sum unrounded", "norm", "silu"])
 def test_further_outputs(prologue, device):
     spec = FusedSpec(
         prologues(device, BF16)[prologue],
-        Quantizer(group=128),
+        Quantizer.dynamic(group=128),
         ScaleLayout.COLUMN,
         sum_output=BF16 if "add" in prologue else None,
         value_output=BF16,
@@ -138,8 +176,10 @@ def test_special_values(dtype, floor, group, device):
     x[-1] = 0
     x[-2] = -0.0
     x = x.to(dtype)
-    for quotient in QuotientRule:
-        quantizer = Quantizer(group=group, amax_floor=floor, quotient_rule=quotient, scale_rule=native(device)[0])
+    for quotient in (QuotientRule.DIVIDE, QuotientRule.RECIPROCAL):
+        quantizer = Quantizer.dynamic(
+            group=group, amax_floor=floor, quotient_rule=quotient, scale_rule=native(device)[0]
+        )
         spec = FusedSpec(NoPrologue(), quantizer)
         result = compare(launch(spec, x, None, None), reference(spec, x, None, None))
         assert result.equal, f"{spec}: {result}"
@@ -153,7 +193,7 @@ def test_an_unclamped_cast_overflows_as_eager_code_does(code, device):
     x = torch.zeros(2, 128, device=device)
     x[0, :120], x[1, :120] = near.to(torch.int32).view(F32), -near.to(torch.int32).view(F32)
     x[:, -1] = 2.0**20
-    quantizer = Quantizer(code=code, divisor=2.0**20, clamp=None)
+    quantizer = Quantizer.dynamic(code=code, divisor=2.0**20, clamp=None)
     result = launch(FusedSpec(NoPrologue(), quantizer), x, None, None)
     assert compare(result, [x.to(code), torch.ones(2, 1, device=device)]).equal
 
@@ -163,7 +203,7 @@ def test_norms_of_subnormal_means(eps, device):
     """x² is a subnormal or the least normal number, and its sum over few values exact."""
     x = torch.zeros(6, 256, device=device)
     x[torch.arange(6), torch.arange(6) * 31] = 2.0 ** torch.arange(-70, -58, 2, device=device)
-    spec = FusedSpec(RMSNorm(eps, weight=Weight.NONE, mean=native(device)[1]), Quantizer(), value_output=F32)
+    spec = FusedSpec(RMSNorm(eps, weight=Weight.NONE, mean=native(device)[1]), Quantizer.dynamic(), value_output=F32)
     result = compare(launch(spec, x, None, None), reference(spec, x, None, None))
     assert result.equal, result
 
@@ -173,7 +213,7 @@ def test_the_corrected_quotient_is_the_correctly_rounded_one(device):
     bits = torch.randint(-(2**31), 2**31 - 1, (512, 1024), device=device, dtype=torch.int64).to(torch.int32)
     x = bits.view(F32)
     x = torch.where(x.isfinite(), x, 1.0)
-    spec = FusedSpec(NoPrologue(), Quantizer(group=32, scale_rule=native(device)[0]))
+    spec = FusedSpec(NoPrologue(), Quantizer.dynamic(group=32, scale_rule=native(device)[0]))
     assert compare(launch(spec, x, None, None), reference(spec, x, None, None)).equal
 
 
@@ -181,7 +221,7 @@ def test_the_corrected_quotient_is_the_correctly_rounded_one(device):
 def test_silu_of_every_16_bit_value(dtype, device):
     every = torch.arange(65536, device=device).to(torch.int32).to(torch.uint16).view(dtype)
     gate = every.reshape(512, 128)
-    spec = FusedSpec(GatedActivation(activated=dtype, product=dtype), Quantizer(group=32), value_output=dtype)
+    spec = FusedSpec(GatedActivation(activated=dtype, product=dtype), Quantizer.dynamic(group=32), value_output=dtype)
     result = compare(
         launch(spec, gate, torch.ones_like(gate), None), reference(spec, gate, torch.ones_like(gate), None)
     )
@@ -193,11 +233,13 @@ def test_reference_is_eager_code(device):
     w = torch.randn(256, device=device).to(BF16)
     rule, mean = native(device)
     norm = RMSNorm(1e-6, mean=mean, normalized=BF16, product=BF16, residual_sum=BF16)
-    group = Quantizer(group=128, amax_floor=1e-10, scale_rule=rule)
+    group = Quantizer.dynamic(group=128, amax_floor=1e-10, scale_rule=rule)
     spec = FusedSpec(norm, group, ScaleLayout.COLUMN, sum_output=BF16)
     expected = [*spelled.column(*spelled.per_group(spelled.rms_norm(x + r, w))), x + r]
     assert compare(reference(spec, x, r, w), expected).equal
-    spec = FusedSpec(GatedActivation(activated=BF16, product=BF16), Quantizer(amax_floor=1e-10, scale_rule=rule))
+    spec = FusedSpec(
+        GatedActivation(activated=BF16, product=BF16), Quantizer.dynamic(amax_floor=1e-10, scale_rule=rule)
+    )
     assert compare(reference(spec, x, r, None), list(spelled.per_token(spelled.silu_mul(x, r)))).equal
 
 
@@ -205,7 +247,7 @@ def test_random_norms_stay_in_budget(device):
     """The order of the sum of squares may differ: at most 0.1 % of the codes, by one code, and a scale by one ulp of bf16."""
     x, w = torch.randn(64, 1024, device=device).to(BF16), torch.randn(1024, device=device).to(BF16)
     rule, mean = native(device)
-    spec = FusedSpec(RMSNorm(1e-6, mean=mean, normalized=BF16, product=BF16), Quantizer(scale_rule=rule))
+    spec = FusedSpec(RMSNorm(1e-6, mean=mean, normalized=BF16, product=BF16), Quantizer.dynamic(scale_rule=rule))
     (codes, scale), (wanted, wanted_scale) = launch(spec, x, None, w), reference(spec, x, None, w)
     different = compare(codes, wanted)
     assert different.different <= 1e-3 * different.elements, different
@@ -237,7 +279,7 @@ def test_strided_halves_are_not_copied(device):
 )
 def test_rows_are_read_where_they_lie(view, copied, device):
     x = view(torch.randn(24, 128, device=device))
-    spec = FusedSpec(NoPrologue(), Quantizer(group=32))
+    spec = FusedSpec(NoPrologue(), Quantizer.dynamic(group=32))
     assert (evenly_spaced_rows(x)[0] is not x) is copied
     assert compare(
         launch(spec, x, None, None), reference(spec, x.clone(memory_format=torch.contiguous_format), None, None)
@@ -251,7 +293,7 @@ def test_no_rows(device):
 
 
 def test_a_launch_is_chosen_by_the_row_alone():
-    spec = FusedSpec(RMSNorm(1e-6), Quantizer())
+    spec = FusedSpec(RMSNorm(1e-6), Quantizer.dynamic())
     assert configure(spec, 4096) is configure(spec, 4096)
     assert configure(spec, 5120).groups * configure(spec, 5120).lanes >= 5120
 
@@ -284,16 +326,16 @@ def test_bad_input_is_named(call, named, device):
 )
 def test_operands_are_those_of_the_spec(op, prologue, others, named, device):
     x = torch.randn(4, 256, device=device)
-    text = FusedSpec(prologue, Quantizer()).encode()
+    text = FusedSpec(prologue, Quantizer.dynamic()).encode()
     norm = [x if "x" in others else None, x[0] if "weight" in others else None]
     with pytest.raises(ValueError, match=named):
-        getattr(torch.ops.fusion_pass, op)(x, *(norm if op == "rms_norm_quant" else []), text)
+        getattr(torch.ops.fusion_pass, op)(x, *(norm if op == "rms_norm_quant" else []), None, text)
 
 
 def test_ops_pass_opcheck(device):
     x = torch.randn(3, 256, device=device).to(BF16)
-    norm = FusedSpec(RMSNorm(1e-6, residual_sum=BF16), Quantizer(group=64), ScaleLayout.COLUMN, sum_output=BF16)
-    torch.library.opcheck(torch.ops.fusion_pass.quant, (x, FusedSpec(NoPrologue(), Quantizer()).encode()))
-    torch.library.opcheck(torch.ops.fusion_pass.rms_norm_quant, (x, x + 1, x[0].clone(), norm.encode()))
-    silu = FusedSpec(GatedActivation(), Quantizer(), value_output=F32)
-    torch.library.opcheck(torch.ops.fusion_pass.act_mul_quant, (x, x + 1, silu.encode()))
+    norm = FusedSpec(RMSNorm(1e-6, residual_sum=BF16), Quantizer.dynamic(group=64), ScaleLayout.COLUMN, sum_output=BF16)
+    torch.library.opcheck(torch.ops.fusion_pass.quant, (x, None, FusedSpec(NoPrologue(), Quantizer.dynamic()).encode()))
+    torch.library.opcheck(torch.ops.fusion_pass.rms_norm_quant, (x, x + 1, x[0].clone(), None, norm.encode()))
+    silu = FusedSpec(GatedActivation(), Quantizer.dynamic(), value_output=F32)
+    torch.library.opcheck(torch.ops.fusion_pass.act_mul_quant, (x, x + 1, None, silu.encode()))

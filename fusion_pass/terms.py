@@ -1,0 +1,259 @@
+"""Terms: what is computed of one amax, or of a calibrated scale, as expressions.
+
+Public code writes the few operations between amax and the scale in countless ways: floors before or after the division,
+upper bounds, guards for zero, powers of two by logarithm or by bits, a detour through float64. A spec carries these
+operations as they were written, so that kernels repeat them bit for bit and nothing has a place to be dropped.
+"""
+
+from __future__ import annotations
+
+import ast
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache
+from typing import Any, TypeAlias
+
+INFINITY = math.inf
+
+
+class TermError(ValueError):
+    """A term's operation or operand is none that a kernel can honour."""
+
+
+@dataclass(frozen=True)
+class Term:
+    """One operation on terms and numbers, one value per scale.
+
+    Floats are float32 except between ``f64`` and ``f32``; ``bf16`` and ``f16`` round a value that stays float32. Integers are int32.
+
+    Attributes:
+        op: ``amax``, ``given`` (a calibrated scalar the op reads), or a key of :data:`OPERATIONS`.
+        args: its operands.
+    """
+
+    op: str
+    args: tuple[Operand, ...] = ()
+
+    def __post_init__(self) -> None:
+        if self.op in LEAVES:
+            wanted = 0
+        elif self.op in OPERATIONS:
+            wanted = OPERATIONS[self.op].arity
+        else:
+            raise TermError(f"op is {self.op!r}; allowed: {', '.join((*LEAVES, *OPERATIONS))}")
+        if len(self.args) != wanted:
+            raise TermError(f"args of {self.op} are {self.args!r}; allowed: {wanted} operands")
+
+    def __str__(self) -> str:
+        operands = [str(a) if isinstance(a, Term) else repr(a) for a in self.args]
+        if self.op in _INFIX:
+            return f"({operands[0]} {_INFIX[self.op]} {operands[1]})"
+        return f"{self.op}({', '.join(operands)})" if operands else self.op
+
+    def leaves(self) -> frozenset[str]:
+        """Which of ``amax`` and ``given`` the term reads."""
+        if self.op in LEAVES:
+            return frozenset({self.op})
+        return frozenset().union(*(a.leaves() for a in self.args if isinstance(a, Term)))
+
+
+Operand: TypeAlias = "Term | float | int"
+
+Bounds: TypeAlias = tuple[float, float]
+
+
+@dataclass(frozen=True)
+class Operation:
+    """What is known of one operation: its operands, the type of its result, and the bounds of that from its operands'.
+
+    Bounds disregard NaN, and are those of exact arithmetic widened by a few roundings where that matters.
+    """
+
+    arity: int
+    kind: str
+    bounds: Callable[..., Bounds]
+
+
+def _unknown(*_: Bounds) -> Bounds:
+    return -INFINITY, INFINITY
+
+
+def _monotone(function: Callable[[float], float]) -> Callable[[Bounds], Bounds]:
+    return lambda a: (function(a[0]), function(a[1]))
+
+
+def _product(a: Bounds, b: Bounds) -> Bounds:
+    corners = [0.0 if 0.0 in (x, y) else x * y for x in a for y in b]
+    return min(corners), max(corners)
+
+
+def _reciprocal(a: Bounds) -> Bounds:
+    if a[0] < 0:
+        return _unknown()
+    return (0.0 if a[1] == INFINITY else 1 / a[1] if a[1] else INFINITY), (1 / a[0] if a[0] else INFINITY)
+
+
+def _exp2(x: float) -> float:
+    return INFINITY if x > 1000 else 0.0 if x < -1000 else 2.0**x
+
+
+def _log2(x: float) -> float:
+    return -INFINITY if x <= 0 else INFINITY if x == INFINITY else math.log2(x)
+
+
+def _whole(function: Callable[[float], int]) -> Callable[[float], float]:
+    return lambda x: x if math.isinf(x) else float(function(x))
+
+
+def _magnitude(a: Bounds) -> Bounds:
+    least = 0.0 if a[0] <= 0 <= a[1] else min(abs(a[0]), abs(a[1]))
+    return least, max(abs(a[0]), abs(a[1]))
+
+
+def _rounded(least: float, most: float) -> Callable[[Bounds], Bounds]:
+    """Rounding to a dtype whose magnitudes are from ``least`` to ``most``, to 8 bits or more."""
+
+    def result(a: Bounds) -> Bounds:
+        low = 0.0 if abs(a[0]) < least else a[0] - abs(a[0]) * 2.0**-8
+        high = a[1] + abs(a[1]) * 2.0**-8
+        return (-INFINITY if low < -most else low), (INFINITY if high > most else high)
+
+    return result
+
+
+def _truth(*_: Bounds) -> Bounds:
+    return 0.0, 1.0
+
+
+def _same(a: Bounds) -> Bounds:
+    return a
+
+
+_UNARY: dict[str, tuple[str, Callable[..., Bounds]]] = {
+    "neg": ("same", lambda a: (-a[1], -a[0])),
+    "abs": ("same", _magnitude),
+    "reciprocal": ("same", _reciprocal),
+    "log2": ("same", _monotone(_log2)),
+    "exp2": ("same", _monotone(_exp2)),
+    "pow2": ("same", _monotone(_exp2)),  # pow(2.0, x), another function of the math library
+    "ceil": ("same", _monotone(_whole(math.ceil))),
+    "floor": ("same", _monotone(_whole(math.floor))),
+    "round": ("same", _monotone(_whole(round))),
+    "bf16": ("f32", _rounded(2.0**-133, 3.3e38)),
+    "f16": ("f32", _rounded(2.0**-24, 65000.0)),
+    "f32": ("f32", _rounded(2.0**-149, 3.3e38)),
+    "f64": ("f64", _same),
+    "i32": ("i32", _same),
+    "u8": ("i32", lambda a: a if a[0] >= 0 and a[1] <= 255 else (0.0, 255.0)),
+    "bits": ("i32", _unknown),
+    "from_bits": ("f32", _unknown),
+    "isnan": ("bool", _truth),
+    "isinf": ("bool", _truth),
+    "negate": ("bool", _truth),
+}
+_BINARY: dict[str, tuple[str, Callable[..., Bounds]]] = {
+    "max": ("same", lambda a, b: (max(a[0], b[0]), max(a[1], b[1]))),
+    "min": ("same", lambda a, b: (min(a[0], b[0]), min(a[1], b[1]))),
+    "add": ("same", lambda a, b: _unknown() if INFINITY in map(abs, (*a, *b)) else (a[0] + b[0], a[1] + b[1])),
+    "sub": ("same", lambda a, b: _unknown() if INFINITY in map(abs, (*a, *b)) else (a[0] - b[1], a[1] - b[0])),
+    "mul": ("same", _product),
+    "div": ("same", lambda a, b: _product(a, _reciprocal(b)) if b[0] >= 0 else _unknown()),
+    "bit_and": ("i32", lambda a, b: (0.0, b[1]) if b[0] >= 0 else _unknown()),
+    "bit_or": ("i32", _unknown),
+    "shl": ("i32", _unknown),
+    "shr": ("i32", _unknown),
+    **dict.fromkeys(("eq", "ne", "lt", "le", "gt", "ge"), ("bool", _truth)),
+}
+OPERATIONS: dict[str, Operation] = {
+    **{name: Operation(1, kind, bounds) for name, (kind, bounds) in _UNARY.items()},
+    **{name: Operation(2, kind, bounds) for name, (kind, bounds) in _BINARY.items()},
+    "where": Operation(3, "same", lambda _, a, b: (min(a[0], b[0]), max(a[1], b[1]))),
+}
+LEAVES = ("amax", "given")
+_INFIX = {"mul": "*", "div": "/", "add": "+", "sub": "-"}
+_OPERATORS: dict[type[ast.operator], str] = {ast.Mult: "mul", ast.Div: "div", ast.Add: "add", ast.Sub: "sub"}
+
+AMAX = Term("amax")
+GIVEN = Term("given")
+
+
+@cache
+def kind(operand: Operand) -> str:
+    """The type of an operand's values: ``f32``, ``f64``, ``i32``, ``bool``, or ``number`` for a number."""
+    if not isinstance(operand, Term):
+        return "number"
+    if operand.op in LEAVES:
+        return "f32"
+    result = OPERATIONS[operand.op].kind
+    if result != "same":
+        return result
+    kinds = [kind(a) for a in operand.args[-2:]] if operand.op == "where" else [kind(a) for a in operand.args]
+    return next((k for k in kinds if k != "number"), "f32")
+
+
+@cache
+def bounds(operand: Operand, largest_amax: float = INFINITY) -> Bounds:
+    """Between what an operand's values lie if amax is at most ``largest_amax``, NaN aside."""
+    if not isinstance(operand, Term):
+        return float(operand), float(operand)
+    if operand.op in LEAVES:
+        return (0.0, largest_amax) if operand.op == "amax" else _unknown()
+    return OPERATIONS[operand.op].bounds(*(bounds(a, largest_amax) for a in operand.args))
+
+
+@cache
+def is_power_of_two(operand: Operand) -> bool:
+    """Whether every finite value of an operand other than zero is a power of two, by how it is made."""
+    if not isinstance(operand, Term):
+        return operand > 0 and math.frexp(operand)[0] == 0.5
+    if operand.op in ("exp2", "pow2"):
+        exponent = operand.args[0]
+        return isinstance(exponent, Term) and _is_whole(exponent)
+    if operand.op == "from_bits":
+        shifted = operand.args[0]
+        return isinstance(shifted, Term) and shifted.op == "shl" and shifted.args[1] == 23
+    if operand.op in ("max", "min"):
+        return all(map(is_power_of_two, operand.args))
+    if operand.op == "where":
+        return all(map(is_power_of_two, operand.args[1:]))
+    return operand.op in ("reciprocal", "f32", "bf16", "abs") and is_power_of_two(operand.args[0])
+
+
+def _is_whole(term: Operand) -> bool:
+    if not isinstance(term, Term):
+        return float(term).is_integer()
+    if term.op in ("add", "sub", "max", "min"):
+        return all(map(_is_whole, term.args))
+    if term.op == "f32":
+        return kind(term.args[0]) == "i32" or _is_whole(term.args[0])
+    return term.op in ("ceil", "floor", "round", "i32", "u8")
+
+
+@cache
+def parse(text: str) -> Term:
+    """The term that ``str`` wrote.
+
+    Raises:
+        TermError: the text is not one.
+    """
+    try:
+        result = _parse(ast.parse(text, mode="eval").body)
+    except (SyntaxError, KeyError, AttributeError, ValueError) as error:
+        raise TermError(f"term is {text!r}; allowed: operations on amax or given ({error})") from None
+    if not isinstance(result, Term):
+        raise TermError(f"term is {text!r}; allowed: operations on amax or given")
+    return result
+
+
+def _parse(node: Any) -> Operand:
+    if isinstance(node, ast.BinOp):
+        return Term(_OPERATORS[type(node.op)], (_parse(node.left), _parse(node.right)))
+    if isinstance(node, ast.Call):
+        return Term(node.func.id, tuple(map(_parse, node.args)))  # type: ignore[attr-defined]
+    if isinstance(node, ast.Name):
+        return INFINITY if node.id == "inf" else Term(node.id)
+    number = ast.literal_eval(node)
+    if not isinstance(number, (int, float)):
+        raise TermError(f"operand is {number!r}; allowed: a number")
+    return number
