@@ -30,6 +30,7 @@ __all__ = [
     "realize_kernel_inputs",
     "remove_pass",
     "sort_topologically",
+    "stored_number",
 ]
 
 POST_GRAD = "post_grad_custom_post_pass"
@@ -116,6 +117,17 @@ def fake_mode_of(graph: fx.Graph) -> FakeTensorMode | contextlib.AbstractContext
             if isinstance(value, FakeTensor):
                 return value.fake_mode
     return contextlib.nullcontext()
+
+
+def stored_number(node: fx.Node) -> float | None:
+    """The number in a tensor that tracing lifted out of the code, such as ``torch.tensor(1.0)``; None if it is not one."""
+    from torch.utils._python_dispatch import _disable_current_modes
+
+    stored = getattr(node.graph.owning_module, str(node.target), None)
+    if not isinstance(stored, torch.Tensor) or isinstance(stored, FakeTensor) or stored.numel() != 1:
+        return None
+    with _disable_current_modes():
+        return float(stored)
 
 
 def compile_without_joint_passes(

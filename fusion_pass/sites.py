@@ -21,7 +21,11 @@ from .specs import (
     ScaleLayout,
     Weight,
 )
-from .terms import is_power_of_two
+from .terms import Operand, Term, is_power_of_two
+
+
+# OCP Microscaling Formats 1.0: values per E8M0 scale.
+MX_BLOCK = 32
 
 
 @dataclass
@@ -143,8 +147,17 @@ def quantizer_name(quantizer: Quantizer) -> str:
         Granularity.GROUP: f"per_group_{quantizer.group}",
         Granularity.TENSOR: "per_tensor",
     }[quantizer.granularity]
-    power_of_two = "_ue8m0" if is_power_of_two(quantizer.factor) else ""
-    return f"{prefix}{granularity}{power_of_two}{'_bytes' if quantizer.scale_dtype is torch.uint8 else ''}"
+    power_of_two = "_ue8m0" if is_power_of_two(_unbounded(quantizer.factor)) else ""
+    as_bytes = quantizer.scale_dtype is torch.uint8
+    if as_bytes and power_of_two and quantizer.group == MX_BLOCK and not prefix:
+        return "mxfp8"
+    return f"{prefix}{granularity}{power_of_two}{'_bytes' if as_bytes else ''}"
+
+
+def _unbounded(operand: Operand) -> Operand:
+    """A term without its outermost bounds: vLLM's floor of UE8M0 scales is no power of two."""
+    bounded = isinstance(operand, Term) and operand.op in ("max", "min", "reciprocal")
+    return _unbounded(operand.args[0]) if isinstance(operand, Term) and bounded else operand
 
 
 _FRAME = re.compile(r'File "(?P<file>[^"]+)", line (?P<line>\d+), in (?P<function>\S+)')

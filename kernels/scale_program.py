@@ -44,7 +44,9 @@ def program(*terms: Term | None) -> str:
 
     def visit(operand: Operand, like: str) -> int:
         if not isinstance(operand, Term):
-            return number(f"{'integer' if like == 'i32' else 'double' if like == 'f64' else 'number'} {operand!r}")
+            if like == "i32":
+                return number(f"integer {int(operand)}")
+            return number(f"{'double' if like == 'f64' else 'number'} {operand!r}")
         if operand.op in LEAVES:
             return numbers[operand.op]
         likes = next((k for k in map(kind, operand.args) if k not in ("number", "bool")), "f32")
@@ -225,6 +227,6 @@ def evaluate(peak, given, PROGRAM: tl.constexpr):
     """The two results of PROGRAM on a tile of amaxes and a given scalar of the tile's shape."""
     values = (peak, given)
     for line in tl.static_range(2, line_count(PROGRAM)):
-        values = values + (step(PROGRAM, line, values),)
+        values = values + (step(PROGRAM, line, values),)  # noqa: RUF005 - Triton does not unpack
     END: tl.constexpr = line_count(PROGRAM)
     return values[line_number(PROGRAM, END, 1)], values[line_number(PROGRAM, END, 2)]

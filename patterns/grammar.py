@@ -14,7 +14,8 @@ from typing import Any
 
 import torch
 from torch import fx
-from torch._subclasses.fake_tensor import FakeTensor
+
+from fusion_pass.inductor import stored_number
 
 from .values import FLOATS, Values, aten, dtype, same_shape, same_size, shape, tensor
 
@@ -125,21 +126,12 @@ def constant(argument: Any, values: Values) -> float | None:
         return None if negated is None else -negated
     number: Any = None
     if node.op == "get_attr":
-        number = _attribute(node)
+        number = stored_number(node)
     elif node.target in (aten.full.default, aten.scalar_tensor.default, aten.full_like.default):
         number = node.args[0] if node.target is aten.scalar_tensor.default else node.args[1]
     if isinstance(number, bool) or not isinstance(number, (int, float)):
         return None
     return round_to(float(number), dtype(argument))
-
-
-def _attribute(node: fx.Node) -> float | None:
-    """The number in a tensor that tracing lifted out of the code, such as ``torch.tensor(1.0)``."""
-    module = node.graph.owning_module
-    stored = getattr(module, str(node.target), None)
-    if not isinstance(stored, torch.Tensor) or isinstance(stored, FakeTensor) or stored.numel() != 1:
-        return None
-    return float(stored)
 
 
 def round_to(number: float, kind: torch.dtype | None) -> float:
@@ -220,7 +212,7 @@ def per_row(a: tuple[Any, ...], b: tuple[Any, ...]) -> bool:
     return len(a) == len(b) and same_shape(a[:-1], b[:-1]) and same_size(b[-1], 1)
 
 
-def per_scale(a: tuple[Any, ...], b: tuple[Any, ...]) -> bool:
+def one_per_group(a: tuple[Any, ...], b: tuple[Any, ...]) -> bool:
     """The second operand has one value for each row of the first, one for all, or one that was expanded to its shape."""
     return per_row(a, b) or all(same_size(size, 1) for size in b) or same_shape(a, b)
 

@@ -25,8 +25,8 @@ from .grammar import (
     Search,
     either,
     number,
+    one_per_group,
     op,
-    per_scale,
     round_to,
     tagged,
     value,
@@ -95,8 +95,8 @@ _x = value("x")
 _factor = factor(_reader)
 # Values are divided by the factor in the precision in which they come, or multiplied with it.
 _quotient = either(
-    tagged("divides", True, op(DIV, _x, _factor, rounding="quotient", shapes=per_scale)),
-    tagged("divides", False, op(MUL, _x, _factor, rounding="quotient", commutative=True, shapes=per_scale)),
+    tagged("divides", True, op(DIV, _x, _factor, rounding="quotient", shapes=one_per_group)),
+    tagged("divides", False, op(MUL, _x, _factor, rounding="quotient", commutative=True, shapes=one_per_group)),
 )
 _rounded = either(
     tagged("rounding", Rounding.NEAREST_EVEN, op((aten.round.default,), _quotient, exact=True)),
@@ -204,7 +204,7 @@ def _problem(codes: fx.Node, match: Match) -> tuple[str, str] | None:
     if per_row_only and not same_size(shape(match["x_used"])[-1], group):
         return f"groups of {group} values", f"rows of {shape(match['x_used'])[-1]} values"
     least, most = bounds(match["factor"])
-    if "zero_of_any_sign" in match.captures and (least <= 0 or not (match["divides"] or most < math.inf)):
+    if "zero_of_any_sign" in match.captures and (least <= 0 if match["divides"] else most == math.inf):
         return "a scale that is never zero, as it comes from extremes of either sign", f"{match['factor']}"
     return None
 

@@ -6,6 +6,7 @@ the kernel, as long as each is one that it repeats bit for bit.
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -72,6 +73,8 @@ _amax = either(
     getitem(0, reduce_rows((aten.max.dim,), _magnitude, size="group", exact=True)),
     _extremes,
 )
+
+_REDUCTIONS = (aten.amax.default, aten.max.default, aten.max.dim, aten.amin.default, aten.min.default)
 
 # What the result of each operation on float tensors is called in a term.
 _FLOAT_OPERATIONS: dict[Any, str] = {
@@ -151,7 +154,9 @@ class ScaleReader:
         self.steps += 1
         term = None if self.steps > _LONGEST else self._amax(node) or self._operation(core) or self._given(node, core)
         if term is None:
-            self.search.fail(core, self.match, "an operation on amax that kernels repeat exactly")
+            reduces = core.target in _REDUCTIONS or core.target is operator.getitem
+            expected = f"amax of the same x, {self.match['x'].name}" if reduces else "an operation that kernels repeat"
+            self.search.fail(core, self.match, expected)
             return None
         self.terms[core] = term
         return term

@@ -23,13 +23,13 @@ def _codes(quotient):
 # Quantizers: the clamp and the cast.
 
 
-@negative(f"{MADE_UP} no clamp, and a divisor that lets values overflow", inputs=spread())
+@negative(f"{MADE_UP} no clamp, and a divisor that lets values overflow", "quant_per_token", inputs=spread())
 def overflowing(x):
     scale = _amax(x) / 600.0
     return (x.float() / scale).to(E4M3), scale
 
 
-@negative(f"{MADE_UP} an asymmetric clamp", inputs=spread())
+@negative(f"{MADE_UP} an asymmetric clamp", "quant_per_token", inputs=spread())
 def asymmetric_clamp(x):
     scale = _amax(x) / 448.0
     return (x.float() / scale).clamp(-448.0, 440.0).to(E4M3), scale
@@ -47,7 +47,7 @@ def clamped_at_zero(x):
     return (x.float() / scale).clamp(0.0, 448.0).to(E4M3), scale
 
 
-@negative(f"{MADE_UP} int8 without saturation", inputs=spread())
+@negative(f"{MADE_UP} int8 without a clamp, by a divisor that needs none", "quant_int8_per_token", inputs=spread())
 def int8_wrapping(x):
     scale = _amax(x) / 100.0
     return torch.round(x.float() / scale).to(torch.int8), scale
@@ -96,19 +96,19 @@ def plain_cast(x):
     return x.clamp(-448.0, 448.0).to(E4M3)
 
 
-@negative(f"{MADE_UP} the quotient is rounded to bfloat16 before the cast", inputs=spread())
+@negative(f"{MADE_UP} the quotient is rounded to bfloat16 before the cast", "quant_per_token", inputs=spread())
 def quotient_rounded(x):
     scale = _amax(x) / 448.0
     return _codes((x.float() / scale).to(BF16)), scale
 
 
-@negative(f"{MADE_UP} the quotient is computed in bfloat16", inputs=spread())
+@negative(f"{MADE_UP} the quotient is computed in bfloat16", "quant_per_token", inputs=spread())
 def quotient_in_bfloat16(x):
     scale = x.abs().amax(-1, keepdim=True).clamp(min=1e-10) / 448.0
     return _codes(x / scale), scale
 
 
-@negative(f"{MADE_UP} cast to e5m2 by way of e4m3's bounds, then to e4m3", inputs=spread())
+@negative(f"{MADE_UP} cast to e5m2 by way of e4m3's bounds, then to e4m3", "quant_per_token", inputs=spread())
 def cast_twice(x):
     scale = _amax(x) / 448.0
     return _codes((x.float() / scale).to(F16).float()), scale
@@ -117,25 +117,25 @@ def cast_twice(x):
 # Quantizers: the scale.
 
 
-@negative(f"{MADE_UP} the scale has an upper bound", inputs=spread())
+@negative(f"{MADE_UP} the scale has an upper bound", "quant_per_token", inputs=spread())
 def scale_bounded_above(x):
     scale = (_amax(x) / 448.0).clamp(max=0.01)
     return _codes(x.float() / scale), scale
 
 
-@negative(f"{MADE_UP} amax is bounded above", inputs=spread())
+@negative(f"{MADE_UP} amax is bounded above", "quant_per_token", inputs=spread())
 def amax_bounded_above(x):
     scale = _amax(x).clamp(max=12.0) / 448.0
     return _codes(x.float() / scale), scale
 
 
-@negative(f"{MADE_UP} the scale has a margin", inputs=spread())
+@negative(f"{MADE_UP} the scale has a margin", "quant_per_token", inputs=spread())
 def scale_with_margin(x):
     scale = _amax(x) / 448.0 + 1e-6
     return _codes(x.float() / scale), scale
 
 
-@negative(f"{MADE_UP} tiny scales become one", inputs=spread())
+@negative(f"{MADE_UP} tiny scales become one", "quant_per_token", inputs=spread())
 def tiny_scales_replaced(x):
     scale = x.abs().amax(-1, keepdim=True).float() / 448.0
     scale = torch.where(scale < 1e-4, 1.0, scale)
@@ -148,7 +148,7 @@ def stored_scale_rounded(x):
     return codes, scale.to(BF16)
 
 
-@negative(f"{MADE_UP} the quotient's scale is rounded twice", inputs=spread())
+@negative(f"{MADE_UP} the quotient's scale is rounded twice", "quant_per_token", inputs=spread())
 def scale_rounded_twice(x):
     scale = (_amax(x) / 448.0).to(F16).to(BF16).float()
     return _codes(x.float() / scale), scale
@@ -156,6 +156,7 @@ def scale_rounded_twice(x):
 
 @negative(
     "pytorch/ao torchao/quantization/quant_primitives.py e8m0 scales: the nearest power of two, not the next",
+    "quant_per_token_ue8m0",
     inputs=spread(),
 )
 def nearest_power_of_two(x):
@@ -163,7 +164,7 @@ def nearest_power_of_two(x):
     return _codes(x.float() / scale), scale
 
 
-@negative(f"{MADE_UP} the power of two below", inputs=spread())
+@negative(f"{MADE_UP} the power of two below", "quant_per_token_ue8m0", inputs=spread())
 def power_of_two_below(x):
     scale = torch.exp2(torch.floor(torch.log2(_amax(x) / 448.0)))
     return _codes(x.float() / scale), scale
@@ -328,7 +329,7 @@ def heads_transposed(x):
     return _codes(x.float() / scale), scale
 
 
-@negative(f"{MADE_UP} the scale multiplies", inputs=spread())
+@negative(f"{MADE_UP} the scale multiplies", "quant_per_token", inputs=spread())
 def scale_multiplies(x):
     scale = _amax(x) / 448.0
     return _codes(x.float() * scale), scale
@@ -340,7 +341,7 @@ def quotient_inverted(x):
     return _codes(scale / x.float()), scale
 
 
-@negative(f"{MADE_UP} the divisor over amax is taken for the scale", inputs=spread())
+@negative(f"{MADE_UP} the divisor over amax is taken for the scale", "quant_per_token", inputs=spread())
 def scale_inverted(x):
     scale = 448.0 / _amax(x)
     return _codes(x.float() / scale), scale

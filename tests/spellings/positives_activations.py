@@ -315,7 +315,6 @@ def sigmoid_gate(gate, attention):
     "vllm-project/vllm csrc/quantization/activation_kernels.cu silu_and_mul_quant: static",
     "silu_mul_static",
     inputs=with_scale(halves()),
-    status="later",
 )
 def silu_static(x, scale):
     return static(vllm(x), scale)
@@ -325,7 +324,6 @@ def silu_static(x, scale):
     "ROCm/aiter aiter/ops/triton fused_silu_mul with x and scale of one value",
     "silu_mul_static",
     inputs=with_scale(pair()),
-    status="later",
 )
 def silu_static_unrounded(gate, up, scale):
     return static(F.silu(gate.float()) * up.float(), scale)

@@ -301,7 +301,6 @@ def merged_heads(attention):
     "ROCm/aiter aiter/ops/triton fused_flatten_fp8_group_quant: (M, N1, N2) is flattened",
     "quant_per_group_64",
     inputs=spread(shape=(6, 4, 64)),
-    status="soon",
 )
 def flattened_heads(x):
     return per_group_64(x.flatten(1))
@@ -311,7 +310,6 @@ def flattened_heads(x):
     "sgl-project/sglang python/sglang/srt/models/deepseek_v2.py: a bmm's output, transposed and flattened",
     "quant_per_group_64",
     inputs=spread(shape=(4, 6, 64)),
-    status="soon",
 )
 def flattened_bmm(x):
     return per_group_64(x.transpose(0, 1).flatten(1, 2))
@@ -402,7 +400,7 @@ def one_group(x, weight):
     return per_group_128(llama(x, weight))
 
 
-@positive("NVIDIA/Megatron-LM: sequence first, (S, B, H)", "rms_norm_per_token", inputs=normed(), status="soon")
+@positive("NVIDIA/Megatron-LM: sequence first, (S, B, H)", "rms_norm_per_token", inputs=normed())
 def sequence_first(x, weight):
     return per_token(llama(x.transpose(0, 1), weight).contiguous())
 

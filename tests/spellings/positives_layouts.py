@@ -186,7 +186,6 @@ def packed(x):
     "pytorch/pytorch torch/float8_e8m0fnu: power-of-two scales as bytes",
     "quant_per_group_128_ue8m0_bytes",
     inputs=spread(),
-    status="later",
 )
 def exponent_bytes(x):
     codes, scales = ue8m0_per_group_128(x)

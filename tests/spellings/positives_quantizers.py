@@ -35,7 +35,6 @@ def vllm_per_token(x):
     f"{VLLM_FP8}.forward_native per token with scale_ub",
     "quant_per_token",
     inputs=with_scale(spread(), 5.0),
-    status="later",
 )
 def vllm_per_token_bounded(x, upper):
     greatest = x.abs().max(dim=-1)[0].unsqueeze(-1).to(torch.float32).clamp(max=upper)
@@ -78,18 +77,18 @@ def vllm_group_padded(x):
     return codes[..., :200], scales
 
 
-@positive(f"{VLLM_FP8}.forward_native static", "quant_static", inputs=with_scale(spread()), status="later")
+@positive(f"{VLLM_FP8}.forward_native static", "quant_static", inputs=with_scale(spread()))
 def vllm_static(x, scale):
     return (x.to(torch.float32) * scale.to(torch.float32).reciprocal()).clamp(-448.0, 448.0).to(E4M3)
 
 
-@positive(f"{VLLM_FP8}.forward_native per tensor", "quant_per_tensor", inputs=spread(), status="later")
+@positive(f"{VLLM_FP8}.forward_native per tensor", "quant_per_tensor", inputs=spread())
 def vllm_per_tensor(x):
     scale = (x.abs().max().unsqueeze(-1).to(torch.float32) / 448.0).clamp(min=MIN_SCALE)
     return (x.to(torch.float32) * scale.reciprocal()).clamp(-448.0, 448.0).to(E4M3), scale
 
 
-@positive(f"{VLLM_TESTS} ref_dynamic_per_token_quant fp8", "quant_per_token", inputs=spread(), status="soon")
+@positive(f"{VLLM_TESTS} ref_dynamic_per_token_quant fp8", "quant_per_token", inputs=spread())
 def vllm_reference_per_token(x):
     largest = torch.as_tensor(448.0, dtype=torch.float32, device=x.device)
     least = 1.0 / (largest * 512.0)
@@ -98,7 +97,7 @@ def vllm_reference_per_token(x):
     return (x.to(torch.float32) / scales).clamp(-448.0, 448.0).to(E4M3), scales
 
 
-@positive(f"{VLLM_TESTS} ref_dynamic_per_token_quant int8", "quant_int8_per_token", inputs=spread(), status="later")
+@positive(f"{VLLM_TESTS} ref_dynamic_per_token_quant int8", "quant_int8_per_token", inputs=spread())
 def vllm_reference_int8(x):
     greatest = x.to(torch.float32).abs().amax(dim=-1, keepdim=True)
     codes = (x.to(torch.float32) * (127.0 / greatest)).round().clamp(-128, 127)
@@ -144,7 +143,7 @@ def native_group_int8(x):
     return codes.reshape(x.shape), scales.reshape((*x.shape[:-1], x.shape[-1] // 128))
 
 
-@positive(f"{SGLANG_INT8} native_per_token_quant_int8", "quant_int8_per_token", inputs=spread(), status="later")
+@positive(f"{SGLANG_INT8} native_per_token_quant_int8", "quant_int8_per_token", inputs=spread())
 def sglang_int8_per_token(x):
     x = x.float()
     absmax = x.abs().max(dim=-1).values.clamp_min(1e-10).unsqueeze(-1)
@@ -155,7 +154,6 @@ def sglang_int8_per_token(x):
     "sgl-project/sglang python/sglang/srt/layers/quantization/fp8_utils.py input_to_float8",
     "quant_per_tensor",
     inputs=spread(),
-    status="later",
 )
 def sglang_input_to_float8(x):
     least, greatest = x.aminmax()
@@ -192,7 +190,7 @@ def deepgemm_padded(x):
     return codes[:, :256].contiguous(), scales
 
 
-@positive(f"{DEEPGEMM} ceil_to_ue8m0 by exponent bits", "quant_per_group_128_ue8m0", inputs=spread(), status="later")
+@positive(f"{DEEPGEMM} ceil_to_ue8m0 by exponent bits", "quant_per_group_128_ue8m0", inputs=spread())
 def deepgemm_bits(x):
     def ceiled(scales):
         bits = scales.abs().float().view(torch.int)
@@ -202,7 +200,7 @@ def deepgemm_bits(x):
     return _deepgemm(x, 128, ceiled)
 
 
-@positive(f"{DEEPGEMM} ceil_to_ue8m0 by pow, as before", "quant_per_group_128_ue8m0", inputs=spread(), status="soon")
+@positive(f"{DEEPGEMM} ceil_to_ue8m0 by pow, as before", "quant_per_group_128_ue8m0", inputs=spread())
 def deepgemm_pow(x):
     return _deepgemm(x, 128, lambda scales: torch.pow(2.0, torch.ceil(torch.log2(scales.abs()))))
 
@@ -211,7 +209,6 @@ def deepgemm_pow(x):
     "deepseek-ai/DeepGEMM tests/test_core.py per_token_cast_to_fp8, its first form",
     "quant_per_group_128",
     inputs=spread(),
-    status="later",
 )
 def deepgemm_multiplied(x):
     grouped = x.view(x.shape[0], -1, 128)
@@ -223,7 +220,6 @@ def deepgemm_multiplied(x):
     "deepseek-ai/DeepSeek-V3 inference/kernel.py act_quant: neither floor nor clamp",
     "quant_per_group_128",
     inputs=spread(),
-    status="later",
 )
 def deepseek(x):
     grouped = x.float().unflatten(-1, (-1, 128))
@@ -241,7 +237,6 @@ def _torchao_multiplier(x, dim, power_of_two=False):
     f"{FLOAT8} tensor_to_scale and to_fp8_saturated, rowwise",
     "quant_per_token",
     inputs=spread(zero_row=True),
-    status="later",
 )
 def torchao_rowwise(x):
     scale = _torchao_multiplier(x, -1)
@@ -252,7 +247,6 @@ def torchao_rowwise(x):
     f"{FLOAT8} tensor_to_scale with round_scales_to_power_of_2",
     "quant_per_token_ue8m0",
     inputs=spread(),
-    status="later",
 )
 def torchao_rowwise_power_of_two(x):
     scale = _torchao_multiplier(x, -1, power_of_two=True)
@@ -263,7 +257,6 @@ def torchao_rowwise_power_of_two(x):
     "pytorch/ao torchao/prototype/blockwise_fp8_training/kernels.py torch_blockwise_scale_act_quant_lhs",
     "quant_per_group_128_column",
     inputs=spread(),
-    status="later",
 )
 def torchao_blockwise(x):
     grouped = x.reshape(-1, 128)
@@ -298,7 +291,6 @@ def torchao_float8_floored(x):
     f"{TORCHAO} _choose_scale_float8 with hp_value_lb and hp_value_ub",
     "quant_per_token",
     inputs=spread(),
-    status="later",
 )
 def torchao_float8_bounded(x):
     return _float8(x, torch.clamp(x.abs().amax(dim=[-1], keepdim=True), min=1e-12, max=1200.0))
@@ -308,7 +300,6 @@ def torchao_float8_bounded(x):
     f"{TORCHAO} _choose_scale_float8 per group, expanded by repeat_interleave",
     "quant_per_group_128",
     inputs=spread(),
-    status="soon",
 )
 def torchao_float8_blocks(x):
     amax = x.view(x.shape[0], -1, 128).abs().amax(dim=[2], keepdim=True)
@@ -355,12 +346,12 @@ def _compressed(x, bound, dtype, dims=-1):
     return torch.clamp(level, -448.0, 448.0).to(dtype), scales
 
 
-@positive(f"{COMPRESSED} calculate_qparams, fp8 per token", "quant_per_token", inputs=spread(), status="later")
+@positive(f"{COMPRESSED} calculate_qparams, fp8 per token", "quant_per_token", inputs=spread())
 def compressed_fp8(x):
     return _compressed(x, 448.0, E4M3)
 
 
-@positive(f"{COMPRESSED} calculate_qparams, int8 per token", "quant_int8_per_token", inputs=spread(), status="later")
+@positive(f"{COMPRESSED} calculate_qparams, int8 per token", "quant_int8_per_token", inputs=spread())
 def compressed_int8(x):
     return _compressed(x, 127.5, torch.int8)
 
@@ -369,13 +360,11 @@ def compressed_int8(x):
     "microsoft/BitNet gpu/model.py BitLinearKernel.quant_input, in bfloat16",
     "quant_int8_per_token",
     inputs=spread(),
-    status="later",
 )
 @positive(
     "huggingface/transformers src/transformers/integrations/bitnet.py BitLinear.activation_quant",
     "quant_int8_per_token",
     inputs=spread(F16),
-    status="later",
 )
 def bitnet(x):
     scale = 127 / x.abs().max(dim=-1, keepdim=True).values.clamp_(min=1e-5)
@@ -386,7 +375,6 @@ def bitnet(x):
     "ROCm/aiter aiter/ops/quant.py pertoken_quant: a zero scale is one",
     "quant_per_token",
     inputs=spread(zero_row=True),
-    status="later",
 )
 def aiter_per_token(x):
     x = x.to(torch.float32)
@@ -400,7 +388,6 @@ def aiter_per_token(x):
     "NVIDIA/TransformerEngine tests/pytorch/references/blockwise_quantizer_reference.py _quantize_vectorwise_reference",
     "quant_per_group_128",
     inputs=spread(),
-    status="later",
 )
 def transformer_engine(x):
     grouped = x.reshape(x.shape[0], -1, 128)
@@ -416,7 +403,7 @@ def _mx_exponent(amax):
     return ((amax.view(torch.int32) >> 23) & 0xFF) - 127
 
 
-@positive(f"{MX} to_mx, e4m3 with the floor rule", "quant_mxfp8", inputs=spread(), status="later")
+@positive(f"{MX} to_mx, e4m3 with the floor rule", "quant_mxfp8", inputs=spread())
 def mxfp8_floor(x):
     grouped = x.reshape(x.shape[0], -1, 32).to(torch.float32)
     amax = torch.amax(torch.abs(grouped), -1, keepdim=True)
@@ -427,7 +414,7 @@ def mxfp8_floor(x):
     return codes.reshape(x.shape), biased.squeeze(-1)
 
 
-@positive(f"{MX} _to_mx_rceil", "quant_mxfp8", inputs=spread(), status="later")
+@positive(f"{MX} _to_mx_rceil", "quant_mxfp8", inputs=spread())
 def mxfp8_rceil(x):
     grouped = x.reshape(x.shape[0], -1, 32).to(torch.float32)
     scale = torch.amax(torch.abs(grouped), -1, keepdim=True) / 448.0
@@ -456,21 +443,21 @@ def amax_as_infinity_norm(x):
     return (x / scale).clamp(-448.0, 448.0).to(E4M3), scale
 
 
-@positive(f"{GENERIC} aminmax as amax", "quant_per_token", inputs=spread(), status="soon")
+@positive(f"{GENERIC} aminmax as amax", "quant_per_token", inputs=spread())
 def amax_as_aminmax(x):
     low, high = torch.aminmax(x, dim=-1, keepdim=True)
     scale = torch.maximum(-low, high).float().clamp(min=1e-12) / 448.0
     return (x.float() / scale).clamp(-448.0, 448.0).to(E4M3), scale
 
 
-@positive(f"{GENERIC} max of amax and -amin", "quant_per_token", inputs=spread(), status="soon")
+@positive(f"{GENERIC} max of amax and -amin", "quant_per_token", inputs=spread())
 def amax_as_extremes(x):
     amax = torch.maximum(x.amax(-1, keepdim=True), -x.amin(-1, keepdim=True))
     scale = amax.float().clamp(min=1e-12) / 448.0
     return (x.float() / scale).clamp(-448.0, 448.0).to(E4M3), scale
 
 
-@positive(f"{GENERIC} maximum and minimum as clamp", "quant_per_token", inputs=spread(), status="soon")
+@positive(f"{GENERIC} maximum and minimum as clamp", "quant_per_token", inputs=spread())
 def clamp_as_extremes(x):
     scale = x.abs().amax(-1, keepdim=True).float().clamp(min=1e-12) / 448.0
     bound = torch.full((), 448.0, device=x.device)
@@ -485,7 +472,9 @@ def clamp_as_hardtanh(x):
 
 
 @positive(
-    f"{GENERIC} a product with the reciprocal of the largest code", "quant_per_token", inputs=spread(), status="soon"
+    f"{GENERIC} a product with the reciprocal of the largest code",
+    "quant_per_token",
+    inputs=spread(),
 )
 def scale_as_product(x):
     scale = x.abs().amax(-1, keepdim=True).float().clamp(min=1e-12) * (1.0 / 448.0)
@@ -512,7 +501,7 @@ def indexed_with_none(x):
     return torch.clamp(h / scale, -448.0, 448.0).to(E4M3), scale[:, 0]
 
 
-@positive(f"{GENERIC} the scale expanded over the row", "quant_per_token", inputs=spread(), status="soon")
+@positive(f"{GENERIC} the scale expanded over the row", "quant_per_token", inputs=spread())
 def expanded_scale(x):
     scale = x.abs().amax(-1, keepdim=True).float().clamp(min=1e-12) / 448.0
     return (x.float() / scale.expand_as(x)).clamp(-448.0, 448.0).to(E4M3), scale
@@ -538,7 +527,7 @@ def int8_in_place(x):
     return x.float().div(scale).round_().clamp_(-128, 127).to(torch.int8), scale
 
 
-@positive(f"{GENERIC} clamping before rounding", "quant_int8_per_token", inputs=spread(), status="soon")
+@positive(f"{GENERIC} clamping before rounding", "quant_int8_per_token", inputs=spread())
 def int8_clamped_first(x):
     scale = x.float().abs().amax(-1, keepdim=True).clamp(min=1e-8) / 127
     return (x.float() / scale).clamp(-127, 127).round().to(torch.int8), scale
