@@ -227,6 +227,6 @@ def evaluate(peak, given, PROGRAM: tl.constexpr):
     """The two results of PROGRAM on a tile of amaxes and a given scalar of the tile's shape."""
     values = (peak, given)
     for line in tl.static_range(2, line_count(PROGRAM)):
-        values = values + (step(PROGRAM, line, values),)  # noqa: RUF005 - Triton does not unpack
+        values = values + (step(PROGRAM, line, values),)  # type: ignore[assignment]  # noqa: RUF005
     END: tl.constexpr = line_count(PROGRAM)
     return values[line_number(PROGRAM, END, 1)], values[line_number(PROGRAM, END, 2)]

@@ -5,7 +5,7 @@ import torch
 
 from fusion_pass import graph_pass, inductor
 from fusion_pass.fake_device import relabelled
-from fusion_pass.specs import Mean, ScaleRule
+from fusion_pass.specs import Mean
 
 import spelled
 
@@ -69,8 +69,23 @@ def test_an_op_becomes_one_kernel_launch(fn, shapes, outputs):
 
 def test_a_cuda_graph_multiplies_by_reciprocals():
     report, _ = lowered(norm, (8, 256), (256,))
-    assert report.fused[0].quantizer.scale_rule is ScaleRule.RECIPROCAL
+    assert report.fused[0].quantizer.factor.op == "mul"
     assert report.fused[0].prologue.mean is Mean.RECIPROCAL
+
+
+def test_a_scale_of_the_whole_tensor_takes_two_launches():
+    def per_tensor(x, w):
+        y = spelled.rms_norm(x, w)
+        scale = y.abs().max().float().clamp(min=1e-10) / 448.0
+        return (y.float() / scale).clamp(-448.0, 448.0).to(spelled.E4M3), scale
+
+    report, graph = lowered(per_tensor, (8, 256), (256,))
+    first, second = launches(graph)
+    assert [site.name for site in report.fused] == ["rms_norm_per_tensor"]
+    # The first finds the amax that the second reads.
+    assert first.kwargs["tensors_to_clone"] == ["amax_ptr"]
+    assert second.kwargs["tensors_to_clone"] == ["code_ptr", "scale_ptr"]
+    assert second.kwargs["kwargs"]["amax_ptr"].args[0] is first
 
 
 def test_halves_of_one_projection_are_read_in_place():
@@ -91,7 +106,7 @@ def test_the_number_of_rows_stays_symbolic():
 def test_equal_launches_are_traced_once(monkeypatch):
     traced = []
     real = inductor.functional_launch
-    monkeypatch.setattr(inductor, "functional_launch", lambda launch: traced.append(1) or real(launch))
+    monkeypatch.setattr(inductor, "functional_launch", lambda *given: traced.append(1) or real(*given))
 
     def layers(x, w):
         for _ in range(4):
