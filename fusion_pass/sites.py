@@ -11,6 +11,7 @@ from torch import fx
 
 from .specs import (
     DTYPE_NAMES,
+    Activation,
     FusedSpec,
     GatedActivation,
     Granularity,
@@ -22,7 +23,6 @@ from .specs import (
     Weight,
 )
 from .terms import Operand, Term, is_power_of_two
-
 
 # OCP Microscaling Formats 1.0: values per E8M0 scale.
 MX_BLOCK = 32
@@ -132,7 +132,9 @@ def prologue_name(prologue: Prologue) -> str:
     if isinstance(prologue, NoPrologue):
         return "quant"
     if isinstance(prologue, GatedActivation):
-        return f"{prologue.activation.value}_mul"
+        names = {Activation.SIGMOID_PRODUCT: "silu" if prologue.alpha == 1 else "swish"}
+        limited = "" if prologue.limit is None else "clamped_"
+        return f"{limited}{names.get(prologue.activation, prologue.activation.value)}_mul"
     assert isinstance(prologue, RMSNorm)
     norm = "gemma_rms_norm" if prologue.weight is Weight.ONE_PLUS else "rms_norm"
     return norm if prologue.residual_sum is None else f"add_{norm}"

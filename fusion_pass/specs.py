@@ -62,7 +62,13 @@ class Root(enum.Enum):
 
 
 class Activation(enum.Enum):
+    """The function of the gate: as one fused kernel of eager code computes it, or as a product with a sigmoid."""
+
     SILU = "silu"
+    SIGMOID_PRODUCT = "sigmoid_product"  # gate * sigmoid(alpha * gate)
+    SIGMOID = "sigmoid"
+    GELU = "gelu"
+    GELU_TANH = "gelu_tanh"
 
 
 class ScaleRule(enum.Enum):
@@ -173,21 +179,33 @@ class RMSNorm:
 
 @dataclass(frozen=True)
 class GatedActivation:
-    """y = activation(gate) * up, the activation in f32.
+    """y = activation(min(gate, limit)) * (clamp(up, -limit, limit) + offset), each function in f32.
 
     Attributes:
         activation: the function of the gate.
         activated: dtype to which activation(gate) is rounded before the product (float32: not rounded).
         product: dtype to which the product is rounded (float32: not rounded).
+        inner: dtype to which alpha * gate, the sigmoid and up + offset are rounded (float32: not rounded).
+        alpha: the factor in ``SIGMOID_PRODUCT``.
+        limit: bound of the gate from above and of up from both sides, or None.
+        offset: what is added to up.
     """
 
     activation: Activation = Activation.SILU
     activated: torch.dtype = torch.float32
     product: torch.dtype = torch.float32
+    inner: torch.dtype = torch.float32
+    alpha: float = 1.0
+    limit: float | None = None
+    offset: float = 0.0
 
     def __post_init__(self) -> None:
-        _require_rounding("activated", self.activated)
-        _require_rounding("product", self.product)
+        for name in ("activated", "product", "inner"):
+            _require_rounding(name, getattr(self, name))
+        _require(self.limit is None or self.limit > 0, "limit", self.limit, "None or a positive number")
+        _require(math.isfinite(self.offset), "offset", self.offset, "a finite number")
+        scaled = self.activation is Activation.SIGMOID_PRODUCT
+        _require(self.alpha == 1 or scaled, "alpha", self.alpha, "1, but for sigmoid_product")
 
 
 Prologue = NoPrologue | RMSNorm | GatedActivation

@@ -49,8 +49,11 @@ if INTERPRETED:
         dtype = tl.core._unwrap_if_constexpr(dtype)
         return x if x.dtype.scalar == dtype else _from_torch(_to_torch(x).to(_TORCH_DTYPES[dtype]), dtype)
 
-    def silu(x):
-        return _from_torch(torch.nn.functional.silu(_to_torch(x)), tl.float32)
+    def _by_torch(operation):
+        return lambda x: _from_torch(operation(_to_torch(x)), x.dtype.scalar)
+
+    silu, sigmoid, gelu = map(_by_torch, (torch.nn.functional.silu, torch.sigmoid, torch.nn.functional.gelu))
+    gelu_tanh = _by_torch(lambda x: torch.nn.functional.gelu(x, approximate="tanh"))
 
     def divide(y, s, ORDINARY):
         return tl.math.div_rn(y, s)
@@ -64,13 +67,9 @@ if INTERPRETED:
     def root(x):
         return _from_torch(_to_torch(x).sqrt(), tl.float32)
 
-    def nearest_even(x):
-        return _from_torch(_to_torch(x).round(), tl.float32)
-
-    def _by_torch(operation):
-        return lambda x: _from_torch(operation(_to_torch(x)), x.dtype.scalar)
-
-    ceiling, floor, logarithm2, exponential2 = map(_by_torch, (torch.ceil, torch.floor, torch.log2, torch.exp2))
+    nearest_even, ceiling, floor, logarithm2, exponential2 = map(
+        _by_torch, (torch.round, torch.ceil, torch.floor, torch.log2, torch.exp2)
+    )
 
     def power_of(base, x):
         return _from_torch(torch.pow(base, _to_torch(x)), x.dtype.scalar)
@@ -93,6 +92,26 @@ else:
     def silu(x):
         """x / (1 + exp(-x)) of a f32 tile: ATen's silu_kernel on CUDA, which is compiled without fast math."""
         return tl.math.div_rn(x, 1.0 + libdevice.exp(-x))
+
+    @triton.jit
+    def sigmoid(x):
+        """1 / (1 + exp(-x)) of a f32 tile: ATen's sigmoid_kernel on CUDA."""
+        return tl.math.div_rn(tl.full(x.shape, 1.0, tl.float32), 1.0 + libdevice.exp(-x))
+
+    @triton.jit
+    def gelu(x):
+        """x / 2 * (1 + erf(x / sqrt(2))) of a f32 tile: ATen's GeluCUDAKernelImpl."""
+        return times(x, 0.5) * (1.0 + libdevice.erf(times(x, 0.7071067811865476)))
+
+    @triton.jit
+    def gelu_tanh(x):
+        """x / 2 * (1 + tanh(sqrt(2 / pi) * (x + 0.044715 x^3))) of a f32 tile: ATen's GeluCUDAKernelImpl.
+
+        The compiler of that kernel contracts the sum and the product with 0.044715 to one fma.
+        """
+        cube = times(times(x, x), x)
+        inner = times(tl.fma(cube, tl.full(x.shape, 0.044715, tl.float32), x), 0.7978845608028654)
+        return times(x, 0.5) * (1.0 + libdevice.tanh(inner))
 
     @triton.jit
     def times(x, y):

@@ -11,9 +11,12 @@ from .arithmetic import (
     amax,
     cast,
     codes,
+    gelu,
+    gelu_tanh,
     reciprocal_root,
     root,
     round_to,
+    sigmoid,
     silu,
     sum_of_squares,
     times,
@@ -72,6 +75,41 @@ def rms_norm(
 
 
 @triton.jit
+def gated_activation(
+    gate,
+    up,
+    ACTIVATION: tl.constexpr,
+    ALPHA: tl.constexpr,
+    LIMIT: tl.constexpr,
+    OFFSET: tl.constexpr,
+    SIGMOID_ROUNDING: tl.constexpr,
+    INNER_ROUNDING: tl.constexpr,
+    PRODUCT_ROUNDING: tl.constexpr,
+):
+    """activation(gate) * up, bounded, shifted and rounded where the spec says."""
+    if LIMIT is not None:
+        gate = tl.where(gate > LIMIT, LIMIT, gate)
+        up = tl.clamp(up, -LIMIT, LIMIT, propagate_nan=tl.PropagateNan.ALL)
+    if ACTIVATION == "silu":
+        active = silu(gate)
+    elif ACTIVATION == "sigmoid_product":
+        scaled = gate
+        if ALPHA != 1.0:
+            scaled = round_to(times(gate, ALPHA), SIGMOID_ROUNDING)
+        active = times(gate, round_to(sigmoid(scaled), SIGMOID_ROUNDING))
+    elif ACTIVATION == "sigmoid":
+        active = sigmoid(gate)
+    elif ACTIVATION == "gelu":
+        active = gelu(gate)
+    else:
+        tl.static_assert(ACTIVATION == "gelu_tanh")
+        active = gelu_tanh(gate)
+    if OFFSET != 0.0:
+        up = round_to(up + OFFSET, SIGMOID_ROUNDING)
+    return round_to(times(round_to(active, INNER_ROUNDING), up), PRODUCT_ROUNDING)
+
+
+@triton.jit
 def fused_quant_kernel(
     x_ptr,
     other_ptr,
@@ -99,6 +137,11 @@ def fused_quant_kernel(
     SUM_ROUNDING: tl.constexpr,
     INNER_ROUNDING: tl.constexpr,
     PRODUCT_ROUNDING: tl.constexpr,
+    ACTIVATION: tl.constexpr,
+    ALPHA: tl.constexpr,
+    LIMIT: tl.constexpr,
+    OFFSET: tl.constexpr,
+    SIGMOID_ROUNDING: tl.constexpr,
     PEAK: tl.constexpr,
     PROGRAM: tl.constexpr,
     DIVIDES: tl.constexpr,
@@ -151,9 +194,11 @@ def fused_quant_kernel(
             INNER_ROUNDING,
             PRODUCT_ROUNDING,
         )
-    if PROLOGUE == "silu_mul":
+    if PROLOGUE == "gated":
         up = load(other_ptr, rows * other_stride + columns, mask)
-        x = round_to(round_to(silu(x), INNER_ROUNDING) * up, PRODUCT_ROUNDING)
+        x = gated_activation(
+            x, up, ACTIVATION, ALPHA, LIMIT, OFFSET, SIGMOID_ROUNDING, INNER_ROUNDING, PRODUCT_ROUNDING
+        )
     if PEAK == "store":
         bits = tl.max(amax(tl.where(mask, x, 0.0), 2).to(tl.int32, bitcast=True), 1)
         tl.atomic_max(amax_ptr, tl.max(tl.max(bits, 1), 0))

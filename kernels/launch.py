@@ -252,6 +252,11 @@ def constants(spec: FusedSpec) -> dict[str, Any]:
         "SUM_ROUNDING": "f32",
         "INNER_ROUNDING": "f32",
         "PRODUCT_ROUNDING": "f32",
+        "ACTIVATION": None,
+        "ALPHA": 1.0,
+        "LIMIT": None,
+        "OFFSET": 0.0,
+        "SIGMOID_ROUNDING": "f32",
     }
     if isinstance(prologue, RMSNorm):
         arguments |= {
@@ -266,9 +271,14 @@ def constants(spec: FusedSpec) -> dict[str, Any]:
         }
     elif isinstance(prologue, GatedActivation):
         arguments |= {
-            "PROLOGUE": f"{prologue.activation.value}_mul",
+            "PROLOGUE": "gated",
             "INNER_ROUNDING": DTYPE_NAMES[prologue.activated],
             "PRODUCT_ROUNDING": DTYPE_NAMES[prologue.product],
+            "ACTIVATION": prologue.activation.value,
+            "ALPHA": prologue.alpha,
+            "LIMIT": prologue.limit,
+            "OFFSET": prologue.offset,
+            "SIGMOID_ROUNDING": DTYPE_NAMES[prologue.inner],
         }
     return arguments | {
         "PROGRAM": program(quantizer.factor, quantizer.scale),

@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F  # noqa: N812
 
 from fusion_pass.specs import (
+    Activation,
     FusedSpec,
     GatedActivation,
     Granularity,
@@ -38,8 +39,7 @@ def reference(
         value, total = _rms_norm(spec.prologue, value, other, weight)
     elif isinstance(spec.prologue, GatedActivation):
         assert other is not None
-        activated = _round(F.silu(value), spec.prologue.activated)
-        value = _round(activated * other.float(), spec.prologue.product)
+        value = _gated(spec.prologue, value, other.float())
     outputs = _quantize(spec.quantizer, value, given)
     if spec.layout is ScaleLayout.COLUMN:
         outputs[1] = outputs[1].transpose(-1, -2).contiguous()
@@ -75,6 +75,27 @@ def _rms_norm(
         factor = weight.float() + 1 if norm.weight is Weight.ONE_PLUS else weight.float()
         normalized = normalized * factor
     return _round(normalized, norm.product), total
+
+
+_ACTIVATIONS: dict[Activation, Callable[[torch.Tensor], torch.Tensor]] = {
+    Activation.SILU: F.silu,
+    Activation.SIGMOID: torch.sigmoid,
+    Activation.GELU: F.gelu,
+    Activation.GELU_TANH: lambda x: F.gelu(x, approximate="tanh"),
+}
+
+
+def _gated(spec: GatedActivation, gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
+    if spec.limit is not None:
+        gate, up = gate.clamp(max=spec.limit), up.clamp(-spec.limit, spec.limit)
+    if spec.activation is Activation.SIGMOID_PRODUCT:
+        scaled = gate if spec.alpha == 1 else _round(gate * spec.alpha, spec.inner)
+        active = gate * _round(torch.sigmoid(scaled), spec.inner)
+    else:
+        active = _ACTIVATIONS[spec.activation](gate)
+    if spec.offset:
+        up = _round(up + spec.offset, spec.inner)
+    return _round(_round(active, spec.activated) * up, spec.product)
 
 
 def _over_root(root: Root, x: torch.Tensor, variance: torch.Tensor) -> torch.Tensor:

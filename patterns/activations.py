@@ -9,27 +9,73 @@ from torch import fx
 
 from fusion_pass.specs import Activation, GatedActivation
 
-from .grammar import ADD, DIV, MUL, Match, Search, either, elementwise, equal, op, value
+from .clamps import clamped, clamped_above
+from .grammar import (
+    ADD,
+    DIV,
+    MUL,
+    POW,
+    Match,
+    Pattern,
+    Search,
+    either,
+    elementwise,
+    equal,
+    made_by,
+    number,
+    op,
+    tagged,
+    value,
+)
 from .values import aten, shape
 
-_gate = value("gate")
-_one_plus_exp = op(
-    ADD,
-    op((aten.exp.default,), op((aten.neg.default,), _gate)),
-    equal(1),
-    commutative=True,
-)
+_bare_gate = value("gate")
+_gate = either(clamped_above(_bare_gate, "gate_limit"), _bare_gate)
+_sigmoid = aten.sigmoid.default
 
 
-def _silu(rounding: str):  # type: ignore[no-untyped-def]
+def _silu(rounding: str) -> Pattern:
     # F.silu is decomposed to this before a pass sees it, and eager's kernel computes the same.
-    return either(
-        op((aten.silu.default,), _gate, rounding=rounding),
-        op(DIV, _gate, _one_plus_exp, rounding=rounding),
-    )
+    one_plus_exp = op(ADD, op((aten.exp.default,), op((aten.neg.default,), _gate)), equal(1), commutative=True)
+    return either(op((aten.silu.default,), _gate, rounding=rounding), op(DIV, _gate, one_plus_exp, rounding=rounding))
 
 
-silu_mul = op(MUL, _silu("activated"), value("up"), rounding="product", commutative=True, shapes=elementwise)
+def _sigmoid_product(rounding: str) -> Pattern:
+    argument = either(op(MUL, _gate, number("alpha"), rounding="inner", commutative=True), _gate)
+    return op(MUL, _gate, op((_sigmoid,), argument, rounding="inner"), rounding=rounding, commutative=True)
+
+
+def _gelu(rounding: str) -> Pattern:
+    half = op(MUL, _gate, equal(0.5), commutative=True)
+    scaled = op(MUL, _gate, equal(0.5**0.5), commutative=True)
+    one_plus_erf = op(ADD, op((aten.erf.default,), scaled), equal(1), commutative=True)
+    return op(MUL, half, one_plus_erf, rounding=rounding, commutative=True)
+
+
+def _gelu_tanh(rounding: str) -> Pattern:
+    square = op(MUL, _gate, _gate, shapes=elementwise)
+    cube = either(op(MUL, square, _gate, commutative=True, shapes=elementwise), op(POW, _gate, equal(3)))
+    polynomial = op(ADD, _gate, op(MUL, cube, equal(0.044715), commutative=True), commutative=True)
+    inner = op(MUL, polynomial, equal((2 / torch.pi) ** 0.5), commutative=True)
+    one_plus_tanh = op(ADD, op((aten.tanh.default,), inner), equal(1), commutative=True)
+    half = op(MUL, _gate, equal(0.5), commutative=True)
+    return op(MUL, half, one_plus_tanh, rounding=rounding, commutative=True)
+
+
+# Eager code computes a function of its own in one kernel, where products and sums may be contracted: only such nodes are
+# taken for it, not the same operations one by one.
+_activation = either(
+    tagged("activation", Activation.SILU, _silu("activated")),
+    tagged("activation", Activation.SIGMOID_PRODUCT, _sigmoid_product("activated")),
+    tagged("activation", Activation.SIGMOID, op((_sigmoid,), _gate, rounding="activated")),
+    tagged("activation", Activation.GELU, made_by(aten.gelu.default, _gelu("activated"))),
+    tagged("activation", Activation.GELU_TANH, made_by(aten.gelu.default, _gelu_tanh("activated"))),
+)
+_bare_up = value("up")
+_limited_up = either(clamped(_bare_up, "up_low", "up_limit"), _bare_up)
+_up = either(op(ADD, _limited_up, number("offset"), rounding="inner", commutative=True), _limited_up)
+
+gated = op(MUL, _activation, _up, rounding="product", commutative=True, shapes=elementwise)
 
 
 @dataclass(frozen=True)
@@ -45,11 +91,23 @@ class ActivationSite:
 
 def recognise_activation(node: fx.Node, search: Search) -> ActivationSite | None:
     """The gated activation whose result node is, or None with the reason in ``search.failure``."""
-    for match in silu_mul(node, Match(), search):
+    for match in gated(node, Match(), search):
         size = shape(match["gate_used"])[-1]
         if not isinstance(size, int):
             search.fail(match["gate"], match, "rows of a static length", f"rows of {size} values")
             continue
-        spec = GatedActivation(Activation.SILU, match.get("activated", torch.float32), match["product"])
+        limit = match.get("gate_limit")
+        if (match.get("up_low"), match.get("up_limit")) != (None if limit is None else -limit, limit):
+            search.fail(match["up"], match, f"the gate's bound, {limit}, for up", f"{match.get('up_limit')}")
+            continue
+        spec = GatedActivation(
+            match["activation"],
+            match["activated"],
+            match["product"],
+            inner=match.get("inner", torch.float32),
+            alpha=match.get("alpha", 1.0),
+            limit=limit,
+            offset=match.get("offset", 0.0),
+        )
         return ActivationSite(spec, match["gate_used"], match["up_used"], size, match.nodes)
     return None

@@ -186,15 +186,14 @@ def tagged(name: str, tag: Any, inner: Pattern) -> Pattern:
     return pattern
 
 
-def named(name: str, inner: Pattern) -> Pattern:
-    """inner, binding the core of the node it matched as ``name`` and the node as ``<name>_used``."""
+def made_by(operation: Any, inner: Pattern) -> Pattern:
+    """inner, if its outermost operation came out of the decomposition of ``operation``."""
 
     def pattern(node: Any, match: Match, search: Search) -> Iterator[Match]:
-        for found in inner(node, match, search):
-            bound = found.bind(name, search.values.core(node))
-            bound = bound and (bound if f"{name}_used" in bound.captures else bound.bind(f"{name}_used", node))
-            if bound is not None:
-                yield bound
+        peeled = search.values.unrounded(node) if isinstance(node, fx.Node) else None
+        # Copies of a graph copy this operation, too.
+        if peeled is not None and str(peeled[0].meta.get("original_aten")) == str(operation):
+            yield from inner(node, match, search)
 
     return pattern
 

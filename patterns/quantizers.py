@@ -16,6 +16,7 @@ from torch import fx
 from fusion_pass.specs import CODE_DTYPES, Granularity, Quantizer, Rounding, SpecError
 from fusion_pass.terms import AMAX, Term, bounds
 
+from .clamps import clamped
 from .grammar import (
     ADD,
     DIV,
@@ -24,47 +25,13 @@ from .grammar import (
     Pattern,
     Search,
     either,
-    number,
     one_per_group,
     op,
-    round_to,
     tagged,
     value,
 )
-from .scales import MAXIMUM, MINIMUM, ScaleReader, factor
+from .scales import ScaleReader, factor
 from .values import FLOATS, VIEWS, aten, cast_dtype, dtype, same_size, shape
-
-
-def _bounded(targets: tuple[Any, ...], tensor_targets: tuple[Any, ...], inner: Pattern, name: str) -> Pattern:
-    """inner bounded by a constant, a Python scalar or a tensor."""
-    return either(op(targets, inner, number(name), exact=True), op(tensor_targets, inner, number(name), exact=True))
-
-
-def _level_of(inner: Pattern) -> Pattern:
-    """inner, binding the dtype it has before it is clamped."""
-
-    def pattern(node: Any, match: Match, search: Search) -> Iterator[Match]:
-        bound = match.bind("level", search.values.unrounded_dtype(node))
-        if bound is not None:
-            yield from inner(node, bound, search)
-
-    return pattern
-
-
-def _narrowed(inner: Pattern) -> Pattern:
-    """inner, possibly cast to a dtype that holds it exactly: a bf16 clamp is decomposed to a f32 one and a cast."""
-
-    def pattern(node: Any, match: Match, search: Search) -> Iterator[Match]:
-        core: Any = search.values.core(node) if isinstance(node, fx.Node) else node
-        if not search.values.is_rounding(core):
-            yield from inner(node, match, search)
-            return
-        for found in inner(core.args[0], match.consume(core), search):
-            bounds_kept = all(round_to(found[name], dtype(core)) == found[name] for name in ("low", "high"))
-            if found["level"] == dtype(core) and bounds_kept:
-                yield found
-
-    return pattern
 
 
 def zero() -> Pattern:
@@ -77,14 +44,6 @@ def zero() -> Pattern:
             yield match
 
     return pattern
-
-
-def at_least(inner: Pattern, name: str) -> Pattern:
-    return _bounded((aten.clamp_min.default, aten.clamp.default), MAXIMUM, inner, name)
-
-
-def at_most(inner: Pattern, name: str) -> Pattern:
-    return _bounded((aten.clamp_max.default,), MINIMUM, inner, name)
 
 
 def _reader(match: Match, search: Search) -> ScaleReader:
@@ -106,24 +65,13 @@ _rounded = either(
 _level = either(_rounded, op(ADD, _rounded, zero(), commutative=True))
 
 
-def _clamped(inner: Pattern) -> Pattern:
-    inner = _level_of(inner)
-    return _narrowed(
-        either(
-            at_most(at_least(inner, "low"), "high"),
-            at_least(at_most(inner, "high"), "low"),
-            op((aten.clamp.default,), inner, number("low"), number("high"), exact=True),
-        )
-    )
-
-
 _saturated = either(
-    _clamped(_level),
+    clamped(_level, "low", "high"),
     # Between whole bounds it does not matter which comes first.
     tagged(
         "rounding",
         Rounding.NEAREST_EVEN,
-        tagged("clamped_first", True, op((aten.round.default,), _clamped(_quotient), exact=True)),
+        tagged("clamped_first", True, op((aten.round.default,), clamped(_quotient, "low", "high"), exact=True)),
     ),
     _level,
 )

@@ -16,6 +16,7 @@ from torch import fx
 from fusion_pass.specs import reciprocal_of
 from fusion_pass.terms import AMAX, GIVEN, Operand, Term, bounds, is_power_of_two, kind
 
+from .clamps import MAXIMUM, MINIMUM
 from .grammar import (
     ABS,
     Match,
@@ -34,8 +35,6 @@ from .grammar import (
 )
 from .values import FLOATS, aten, cast_dtype, dtype, same_shape, shape, tensor
 
-MAXIMUM = (aten.maximum.default, aten.clamp_min.Tensor)
-MINIMUM = (aten.minimum.default, aten.clamp_max.Tensor)
 # A term longer than this is no scale; it also bounds the text of a spec.
 _LONGEST = 48
 

@@ -6,6 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fusion_pass.specs import (
+    Activation,
     FusedSpec,
     GatedActivation,
     Mean,
@@ -34,7 +35,15 @@ prologues = st.one_of(
         product=roundings,
         residual_sum=st.none() | roundings,
     ),
-    st.builds(GatedActivation, activated=roundings, product=roundings),
+    st.builds(
+        GatedActivation,
+        activation=st.sampled_from([Activation.SILU, Activation.GELU, Activation.GELU_TANH]),
+        activated=roundings,
+        product=roundings,
+        inner=roundings,
+        limit=st.none() | positive,
+        offset=positive,
+    ),
 )
 quantizers = st.builds(
     Quantizer.dynamic,

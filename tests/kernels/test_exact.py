@@ -11,6 +11,7 @@ from fusion_pass.kernels.reference import reference
 
 from fusion_pass import ops
 from fusion_pass.specs import (
+    Activation,
     FusedSpec,
     GatedActivation,
     Mean,
@@ -53,6 +54,13 @@ def prologues(device, dtype):
         "x / sqrt": RMSNorm(1e-6, mean=Mean.SCALAR, normalized=dtype, product=dtype, root=Root.DIVIDE_SQRT),
         "silu": GatedActivation(activated=dtype, product=dtype),
         "unrounded silu": GatedActivation(),
+        "silu by sigmoid": GatedActivation(Activation.SIGMOID_PRODUCT, dtype, dtype, inner=dtype),
+        "sigmoid": GatedActivation(Activation.SIGMOID, dtype, dtype),
+        "gelu": GatedActivation(Activation.GELU, dtype, dtype),
+        "gelu tanh": GatedActivation(Activation.GELU_TANH, dtype, dtype),
+        "clamped swiglu": GatedActivation(
+            Activation.SIGMOID_PRODUCT, dtype, dtype, inner=dtype, alpha=1.702, limit=7.0, offset=1.0
+        ),
     }
 
 

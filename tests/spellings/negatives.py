@@ -697,16 +697,22 @@ def squared_relu(gate, up):
     return F.relu(gate) ** 2 * up
 
 
+@negative(f"{TRANSFORMERS}/gpt_oss: gate and up are bounded differently", QUANT, inputs=halves(), then=per_token)
+def bounded_differently(gate_up):
+    gate, up = gate_up.chunk(2, -1)
+    gate, up = gate.clamp(max=7.0), up.clamp(min=-7.0, max=6.0)
+    return (up + 1) * (gate * torch.sigmoid(gate * 1.702))
+
+
 @negative(
-    f"{TRANSFORMERS}/gpt_oss/modeling_gpt_oss.py GptOssExperts: (up + 1) * gate * sigmoid(1.702 gate)",
+    f"{TRANSFORMERS}/t5/modeling_t5.py NewGELUActivation: gelu, one operation at a time",
     QUANT,
-    inputs=halves(),
+    inputs=pair(F32),
     then=per_token,
 )
-def gpt_oss(gate_up):
-    gate, up = gate_up[..., ::2], gate_up[..., 1::2]
-    gate, up = gate.clamp(max=7.0), up.clamp(min=-7.0, max=7.0)
-    return (up + 1) * (gate * torch.sigmoid(gate * 1.702))
+def gelu_spelled_out(gate, up):
+    inner = (2 / torch.pi) ** 0.5 * (gate + 0.044715 * torch.pow(gate, 3.0))
+    return 0.5 * gate * (1.0 + torch.tanh(inner)) * up
 
 
 @negative(f"{MADE_UP} silu without up", QUANT, inputs=pair(), then=per_token)

@@ -197,7 +197,7 @@ def falcon_h1(gate, up):
 
 @positive(
     "sgl-project/sglang python/sglang/srt/layers/moe/moe_runner/triton.py swiglu limit: gate and up are clamped first",
-    "silu_mul_per_group_128",
+    "clamped_silu_mul_per_group_128",
     inputs=pair(),
     then=per_group_128,
 )
@@ -246,7 +246,6 @@ def in_place(gate, up):
     "silu_mul_per_token",
     inputs=pair(),
     then=per_token,
-    status="later",
 )
 def sigmoid_rounded(gate, up):
     return gate * torch.sigmoid(gate) * up
@@ -257,13 +256,12 @@ def sigmoid_rounded(gate, up):
     "silu_mul_per_token",
     inputs=pair(F32),
     then=per_token,
-    status="later",
 )
 def silu_by_sigmoid(gate, up):
     return gate * torch.sigmoid(gate) * up
 
 
-@positive(f"{VLLM} GeluAndMul.forward_native", "gelu_mul_per_token", inputs=halves(), then=per_token, status="later")
+@positive(f"{VLLM} GeluAndMul.forward_native", "gelu_mul_per_token", inputs=halves(), then=per_token)
 def gelu(x):
     half = x.shape[-1] // 2
     return F.gelu(x[..., :half], approximate="none") * x[..., half:]
@@ -274,14 +272,12 @@ def gelu(x):
     "gelu_tanh_mul_per_group_128",
     inputs=halves(),
     then=per_group_128,
-    status="later",
 )
 @positive(
     f"{TRANSFORMERS}/gemma/modeling_gemma.py GemmaMLP",
     "gelu_tanh_mul_per_token",
     inputs=halves(F16),
     then=per_token,
-    status="later",
 )
 def gelu_tanh(x):
     gate, up = x.chunk(2, -1)
@@ -289,26 +285,35 @@ def gelu_tanh(x):
 
 
 @positive(
-    f"{TRANSFORMERS}/t5/modeling_t5.py T5DenseGatedActDense with NewGELUActivation",
-    "gelu_tanh_mul_per_token",
-    inputs=pair(F32),
-    then=per_token,
-    status="later",
-)
-def gelu_spelled_out(gate, up):
-    inner = (2 / torch.pi) ** 0.5 * (gate + 0.044715 * torch.pow(gate, 3.0))
-    return 0.5 * gate * (1.0 + torch.tanh(inner)) * up
-
-
-@positive(
     f"{TRANSFORMERS}/qwen3_next/modeling_qwen3_next.py Qwen3NextAttention: a sigmoid gates the attention",
     "sigmoid_mul_per_token",
     inputs=pair(),
     then=per_token,
-    status="later",
 )
 def sigmoid_gate(gate, attention):
     return attention * torch.sigmoid(gate)
+
+
+def _interleaved(x, limit=7.0):
+    gate, up = x[..., ::2], x[..., 1::2]
+    gate, up = gate.clamp(min=None, max=limit), up.clamp(min=-limit, max=limit)
+    return (up + 1) * (gate * torch.sigmoid(gate * 1.702))
+
+
+@positive(
+    f"{TRANSFORMERS}/gpt_oss/modeling_gpt_oss.py GptOssExperts: a clamped SwiGLU of interleaved columns",
+    "clamped_swish_mul_per_token",
+    inputs=halves(),
+    then=per_token,
+)
+@positive(
+    "openai/gpt-oss gpt_oss/torch/model.py swiglu",
+    "clamped_swish_mul_per_group_128",
+    inputs=halves(F32),
+    then=per_group_128,
+)
+def clamped_swiglu(x):
+    return _interleaved(x)
 
 
 @positive(
