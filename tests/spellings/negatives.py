@@ -697,7 +697,12 @@ def squared_relu(gate, up):
     return F.relu(gate) ** 2 * up
 
 
-@negative(f"{TRANSFORMERS}/gpt_oss: gate and up are bounded differently", QUANT, inputs=halves(), then=per_token)
+@negative(
+    f"{TRANSFORMERS}/gpt_oss: gate and up are bounded differently",
+    "swish_mul_per_token",
+    inputs=halves(),
+    then=per_token,
+)
 def bounded_differently(gate_up):
     gate, up = gate_up.chunk(2, -1)
     gate, up = gate.clamp(max=7.0), up.clamp(min=-7.0, max=6.0)

@@ -261,10 +261,10 @@ def silu_by_sigmoid(gate, up):
     return gate * torch.sigmoid(gate) * up
 
 
-@positive(f"{VLLM} GeluAndMul.forward_native", "gelu_mul_per_token", inputs=halves(), then=per_token)
-def gelu(x):
-    half = x.shape[-1] // 2
-    return F.gelu(x[..., :half], approximate="none") * x[..., half:]
+@positive(f"{VLLM} GeluAndMul.forward_native", "gelu_mul_per_token", inputs=pair(), then=per_token)
+@positive(f"{VLLM} GeluAndMul.forward_native", "gelu_mul_per_group_128", inputs=pair(F32), then=per_group_128)
+def gelu(gate, up):
+    return F.gelu(gate, approximate="none") * up
 
 
 @positive(
