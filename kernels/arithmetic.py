@@ -16,6 +16,9 @@ import triton
 import triton.language as tl
 from triton.language.extra import libdevice
 
+# Whether ATen was compiled with CUDA 13's math library.
+NEWER_ERF: tl.constexpr = tl.constexpr(int((torch.version.cuda or "13").split(".")[0]) >= 13)
+
 INTERPRETED: bool = bool(triton.knobs.runtime.interpret)
 
 _TORCH_DTYPES = {
@@ -71,8 +74,8 @@ if INTERPRETED:
         _by_torch, (torch.round, torch.ceil, torch.floor, torch.log2, torch.exp2)
     )
 
-    def power_of(base, x):
-        return _from_torch(torch.pow(base, _to_torch(x)), x.dtype.scalar)
+    def power_of_two(x):
+        return _from_torch(torch.pow(2.0, _to_torch(x)), x.dtype.scalar)
 
     def integer(x):
         return _from_torch(_to_torch(x).to(torch.int32), tl.int32)
@@ -99,9 +102,33 @@ else:
         return tl.math.div_rn(tl.full(x.shape, 1.0, tl.float32), 1.0 + libdevice.exp(-x))
 
     @triton.jit
+    def erf(x):
+        """erff of CUDA 13's math library; Triton's libdevice is an older one, with other coefficients beyond 1."""
+        magnitude = tl.abs(x)
+        large = magnitude >= 1.0029598474502563
+        t = tl.where(large, magnitude, x * x)
+        r = tl.where(large, 0.00011219871521461755, 8.483494457323104e-05)
+        r = tl.fma(r, t, tl.where(large, -0.0013275252422317863, -0.0008213091641664505))
+        r = tl.fma(r, t, tl.where(large, 0.00839653518050909, 0.005213488824665546))
+        r = tl.fma(r, t, tl.where(large, -0.04024658352136612, -0.026868773624300957))
+        r = tl.fma(r, t, tl.where(large, 0.15950430929660797, 0.11284004896879196))
+        r = tl.fma(r, t, tl.where(large, 0.9129176735877991, -0.37612664699554443))
+        r = tl.fma(r, t, tl.where(large, 0.6290600299835205, 0.12837915122509003))
+        signed = tl.where(large, magnitude * -1.0, x)
+        r = tl.fma(r, signed, signed)
+        power = tl.inline_asm_elementwise("ex2.approx.ftz.f32 $0, $1;", "=f,f", [r], tl.float32, is_pure=True, pack=1)
+        tail = 1.0 - power
+        return tl.where(large, tl.where(x < 0, tail * -1.0, tail), r)
+
+    @triton.jit
     def gelu(x):
         """x / 2 * (1 + erf(x / sqrt(2))) of a f32 tile: ATen's GeluCUDAKernelImpl."""
-        return times(x, 0.5) * (1.0 + libdevice.erf(times(x, 0.7071067811865476)))
+        scaled = times(x, 0.7071067811865476)
+        if NEWER_ERF:
+            error = erf(scaled)
+        else:
+            error = libdevice.erf(scaled)
+        return times(x, 0.5) * (1.0 + error)
 
     @triton.jit
     def gelu_tanh(x):
@@ -149,12 +176,18 @@ else:
 
     @triton.jit
     def exponential2(x):
-        return libdevice.exp2(x)
+        """torch.exp2. libdevice's flushes subnormal results, CUDA's squares the root of those."""
+        least = x < -126.0
+        result = libdevice.exp2(tl.where(least, x * 0.5, x))
+        return tl.where(least, result * result, result)
 
     @triton.jit
-    def power_of(base: tl.constexpr, x):
-        """torch.pow(base, x)."""
-        return libdevice.pow(tl.full(x.shape, base, x.dtype), x)
+    def power_of_two(x):
+        """torch.pow(2.0, x) of whole x, which is exact, other than exp2 of those below -126."""
+        n = tl.clamp(x, -150.0, 128.0).to(tl.int32)
+        subnormal = tl.where(n >= -149, 1 << tl.maximum(n + 149, 0) % 32, 0)
+        power = tl.where(n >= -126, (n + 127) << 23, subnormal).to(tl.float32, bitcast=True)
+        return tl.where(x == x, power, x)
 
     @triton.jit
     def integer(x):

@@ -1,6 +1,6 @@
 """Terms on the device: the operations between amax and the scale, one by one, as eager PyTorch computes each.
 
-A term travels to its kernel as text, one line per operation, and is read back while Triton traces the kernel.
+A term travels to its kernel as text, one part per operation, and is read back while Triton traces the kernel.
 """
 
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-calls, allow-untyped-decorators
@@ -22,7 +22,7 @@ from .arithmetic import (
     integer,
     logarithm2,
     nearest_even,
-    power_of,
+    power_of_two,
     times,
 )
 
@@ -31,7 +31,8 @@ from .arithmetic import (
 def program(*terms: Term | None) -> str:
     """The lines ``family operation operands...`` that compute the terms, their common parts once; then ``= results``.
 
-    Operands are line numbers; lines 0 and 1 are amax and the given scalar.
+    Operands are line numbers; lines 0 and 1 are amax and the given scalar. Lines end with a semicolon: the code that
+    Inductor generates around a kernel does not keep escaped newlines.
     """
     lines = list(LEAVES)
     numbers: dict[str, int] = {leaf: i for i, leaf in enumerate(LEAVES)}
@@ -53,7 +54,7 @@ def program(*terms: Term | None) -> str:
         return number(" ".join([_family(operand.op), operand.op, *(str(visit(a, likes)) for a in operand.args)]))
 
     results = [visit(t, "f32") if t is not None else 0 for t in terms]
-    return "\n".join([*lines, " ".join(["=", *map(str, results)])])
+    return ";".join([*lines, " ".join(["=", *map(str, results)])])
 
 
 def _family(op: str) -> str:
@@ -66,24 +67,24 @@ def _family(op: str) -> str:
 
 @triton.constexpr_function
 def line_count(text):
-    return text.count("\n")
+    return text.count(";")
 
 
 @triton.constexpr_function
 def word(text, line, index):
-    return text.split("\n")[line].split()[index]
+    return text.split(";")[line].split()[index]
 
 
 @triton.constexpr_function
 def line_number(text, line, index):
-    words = text.split("\n")[line].split()
+    words = text.split(";")[line].split()
     return int(words[index]) if index < len(words) else 0
 
 
 @triton.constexpr_function
 def literal(text, line):
-    number = text.split("\n")[line].split()[1]
-    return int(number) if text.split("\n")[line].startswith("integer") else float(number)
+    number = text.split(";")[line].split()[1]
+    return int(number) if text.split(";")[line].startswith("integer") else float(number)
 
 
 @triton.jit
@@ -130,7 +131,7 @@ def arithmetic_step(OP: tl.constexpr, a, b):
     elif OP == "exp2":
         r = exponential2(a)
     elif OP == "pow2":
-        r = power_of(2.0, a)
+        r = power_of_two(a)
     elif OP == "ceil":
         r = ceiling(a)
     elif OP == "floor":

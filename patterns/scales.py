@@ -289,13 +289,22 @@ class ScaleReader:
         if result not in (*FLOATS, torch.float64) or core.kwargs.get("alpha", 1) != 1:
             return None
         if core.target is aten.pow.Scalar:
-            return self._applied("pow2", core, core.args[1:]) if core.args[0] == 2 else None
+            return self._power_of_two(core)
+        if core.target is aten.pow.Tensor_Scalar:
+            # ATen computes pow(x, -1) as a reciprocal.
+            term = self._applied("reciprocal", core, core.args[:1]) if core.args[1] == -1 else None
+            return Term(_ROUNDINGS[result], (term,)) if term is not None and result in _ROUNDINGS else term
         name = _FLOAT_OPERATIONS.get(core.target)
         if name is None:
             return None
         term = self._quotient(core) if name == "div" else self._applied(name, core)
         rounded = name not in _EXACT and result in _ROUNDINGS
         return Term(_ROUNDINGS[result], (term,)) if term is not None and rounded else term
+
+    def _power_of_two(self, core: fx.Node) -> Term | None:
+        """pow(2.0, x) of whole x; of others kernels have no equal."""
+        term = self._applied("pow2", core, core.args[1:]) if core.args[0] == 2 and dtype(core) in FLOATS else None
+        return term if term is not None and is_power_of_two(term) else None
 
     def _applied(self, name: str, core: fx.Node, arguments: Any = None, integers: bool = False) -> Term | None:
         operands = self._operands(core, list(core.args if arguments is None else arguments))

@@ -488,7 +488,7 @@ def divisor_in_tensor(x):
     return torch.true_divide(x, scale).clamp(-448.0, 448.0).to(E4M3), scale
 
 
-@positive(f"{GENERIC} pow(-1) as reciprocal", "quant_per_token", inputs=spread(), status="soon")
+@positive(f"{GENERIC} pow(-1) as reciprocal", "quant_per_token", inputs=spread())
 def reciprocal_as_power(x):
     scale = x.abs().amax(-1, keepdim=True).float().clamp(min=1e-12) / 448.0
     return (x.float() * scale.pow(-1)).clamp(-448.0, 448.0).to(E4M3), scale
