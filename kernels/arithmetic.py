@@ -105,7 +105,7 @@ else:
     def erf(x):
         """erff of CUDA 13's math library; Triton's libdevice is an older one, with other coefficients beyond 1."""
         magnitude = tl.abs(x)
-        large = magnitude >= 1.0029598474502563
+        large = magnitude >= 1.002959966659546
         t = tl.where(large, magnitude, x * x)
         r = tl.where(large, 0.00011219871521461755, 8.483494457323104e-05)
         r = tl.fma(r, t, tl.where(large, -0.0013275252422317863, -0.0008213091641664505))
