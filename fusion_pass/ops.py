@@ -45,7 +45,7 @@ _PROLOGUES: dict[str, type[Prologue]] = {
 _library = torch.library.Library("fusion_pass", "DEF")
 _library.define("quant(Tensor x, Tensor? given, str spec) -> Tensor[]")
 _library.define("rms_norm_quant(Tensor x, Tensor? residual, Tensor? weight, Tensor? given, str spec) -> Tensor[]")
-_library.define("act_mul_quant(Tensor gate, Tensor up, Tensor? given, str spec) -> Tensor[]")
+_library.define("act_mul_quant(Tensor gate, Tensor? up, Tensor? given, str spec) -> Tensor[]")
 
 
 @dataclass(frozen=True)
@@ -67,6 +67,8 @@ def _check_presence(op: str, spec: FusedSpec, operands: _Operands) -> None:
     if isinstance(prologue, RMSNorm):
         optional["residual"] = operands.other, prologue.residual_sum is not None
         optional["weight"] = operands.weight, prologue.weight is not Weight.NONE
+    if isinstance(prologue, GatedActivation):
+        optional["up"] = operands.other, prologue.gated
     for name, (tensor, wanted) in optional.items():
         if wanted is (tensor is None):
             present, allowed = ("None", "a tensor") if tensor is None else ("a tensor", "None")

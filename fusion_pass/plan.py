@@ -18,7 +18,7 @@ from .patterns.activations import ActivationSite, recognise_activation
 from .patterns.grammar import Failure, Search, describe
 from .patterns.layouts import column_copies
 from .patterns.norms import NormSite, recognise_norm
-from .patterns.quantizers import QuantizerSite, quantizing_cast, recognise_quantizer
+from .patterns.quantizers import QuantizerSite, casts_to_codes, quantizes, recognise_quantizer
 from .patterns.values import FLOATS, Values, cast_dtype, dtype, same_shape, shape, tensor
 from .sites import FusedSite, Miss, Report, location
 from .specs import FusedSpec, Granularity, NoPrologue, Quantizer, ScaleLayout
@@ -47,7 +47,7 @@ class _Planner:
         self.devices = devices
         self.report = Report()
         # Most graphs quantize nothing: number their values only if they do.
-        self.casts = [n for n in graph.nodes if quantizing_cast(n) and self._on_device(n)]
+        self.casts = [n for n in graph.nodes if casts_to_codes(n) and self._on_device(n)]
         self.order: dict[fx.Node, int] = {}
         self.produced: set[fx.Node] = set()
 
@@ -56,9 +56,10 @@ class _Planner:
         return value is not None and value.device.type in self.devices
 
     def run(self) -> Report:
-        self.report.eligible = len(self.casts)
         if self.casts:
             self.values = Values(self.graph)
+            self.casts = [n for n in self.casts if quantizes(n, self.values)]
+            self.report.eligible = len(self.casts)
             self.order = {node: i for i, node in enumerate(self.graph.nodes)}
             for value, group in self._groups().items():
                 self.report.fused += self._plan_group(value, group)
@@ -192,7 +193,8 @@ class _Planner:
         """x, other and weight as the op reads them, and the sum it adds up, if it does."""
         if isinstance(prologue, ActivationSite):
             wanted = shape(prologue.gate)
-            return self._input(prologue.gate, wanted), self._input(prologue.up, wanted), None, None
+            up = None if prologue.up is None else self._input(prologue.up, wanted)
+            return self._input(prologue.gate, wanted), up, None, None
         wanted = shape(prologue.x)
         weight = None if prologue.weight is None else self._input(prologue.weight, (prologue.size,))
         if prologue.residual is None or prologue.sum is None:

@@ -134,7 +134,7 @@ def prologue_name(prologue: Prologue) -> str:
     if isinstance(prologue, GatedActivation):
         names = {Activation.SIGMOID_PRODUCT: "silu" if prologue.alpha == 1 else "swish"}
         limited = "" if prologue.limit is None else "clamped_"
-        return f"{limited}{names.get(prologue.activation, prologue.activation.value)}_mul"
+        return f"{limited}{names.get(prologue.activation, prologue.activation.value)}{'_mul' if prologue.gated else ''}"
     assert isinstance(prologue, RMSNorm)
     norm = "gemma_rms_norm" if prologue.weight is Weight.ONE_PLUS else "rms_norm"
     return norm if prologue.residual_sum is None else f"add_{norm}"

@@ -189,6 +189,7 @@ class GatedActivation:
         alpha: the factor in ``SIGMOID_PRODUCT``.
         limit: bound of the gate from above and of up from both sides, or None.
         offset: what is added to up.
+        gated: whether there is an up; without one y is the activation, rounded to ``product``.
     """
 
     activation: Activation = Activation.SILU
@@ -198,6 +199,7 @@ class GatedActivation:
     alpha: float = 1.0
     limit: float | None = None
     offset: float = 0.0
+    gated: bool = True
 
     def __post_init__(self) -> None:
         for name in ("activated", "product", "inner"):
@@ -229,6 +231,7 @@ class Quantizer:
         clamp: upper bound of the values before the cast, or None for no bounds.
         clamp_low: lower bound, or None for -clamp.
         rounding: how values are rounded to codes.
+        adds_zero: whether 0 is added after that, which makes a zero of every -0.
     """
 
     code: torch.dtype
@@ -242,6 +245,7 @@ class Quantizer:
     clamp: float | None = 448.0
     clamp_low: float | None = None
     rounding: Rounding = Rounding.CAST
+    adds_zero: bool = False
 
     def __post_init__(self) -> None:
         _require(self.code in CODE_DTYPES, "code", self.code, ", ".join(map(str, CODE_DTYPES)))

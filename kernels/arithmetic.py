@@ -262,6 +262,7 @@ def codes(
     ORDINARY: tl.constexpr,
     QUOTIENT_ROUNDING: tl.constexpr,
     NEAREST_EVEN: tl.constexpr,
+    ADDS_ZERO: tl.constexpr,
     CLAMP_LOW: tl.constexpr,
     CLAMP: tl.constexpr,
     LARGEST: tl.constexpr,
@@ -279,6 +280,8 @@ def codes(
     q = round_to(q, QUOTIENT_ROUNDING)
     if NEAREST_EVEN:
         q = nearest_even(q)
+    if ADDS_ZERO:
+        q = tl.where(q == 0.0, 0.0, q)
     if CLAMP is not None:
         q = tl.clamp(q, CLAMP_LOW, CLAMP, propagate_nan=tl.PropagateNan.ALL)
     if OVERFLOW is not None:

@@ -89,7 +89,6 @@ def gated_activation(
     """activation(gate) * up, bounded, shifted and rounded where the spec says."""
     if LIMIT is not None:
         gate = tl.where(gate > LIMIT, LIMIT, gate)
-        up = tl.clamp(up, -LIMIT, LIMIT, propagate_nan=tl.PropagateNan.ALL)
     if ACTIVATION == "silu":
         active = silu(gate)
     elif ACTIVATION == "sigmoid_product":
@@ -104,9 +103,13 @@ def gated_activation(
     else:
         tl.static_assert(ACTIVATION == "gelu_tanh")
         active = gelu_tanh(gate)
-    if OFFSET != 0.0:
-        up = round_to(up + OFFSET, SIGMOID_ROUNDING)
-    return round_to(times(round_to(active, INNER_ROUNDING), up), PRODUCT_ROUNDING)
+    if up is not None:
+        if LIMIT is not None:
+            up = tl.clamp(up, -LIMIT, LIMIT, propagate_nan=tl.PropagateNan.ALL)
+        if OFFSET != 0.0:
+            up = round_to(up + OFFSET, SIGMOID_ROUNDING)
+        active = times(round_to(active, INNER_ROUNDING), up)
+    return round_to(active, PRODUCT_ROUNDING)
 
 
 @triton.jit
@@ -148,6 +151,7 @@ def fused_quant_kernel(
     ORDINARY: tl.constexpr,
     QUOTIENT_ROUNDING: tl.constexpr,
     NEAREST_EVEN: tl.constexpr,
+    ADDS_ZERO: tl.constexpr,
     CLAMP_LOW: tl.constexpr,
     CLAMP: tl.constexpr,
     LARGEST: tl.constexpr,
@@ -195,7 +199,9 @@ def fused_quant_kernel(
             PRODUCT_ROUNDING,
         )
     if PROLOGUE == "gated":
-        up = load(other_ptr, rows * other_stride + columns, mask)
+        up = None
+        if other_ptr is not None:
+            up = load(other_ptr, rows * other_stride + columns, mask)
         x = gated_activation(
             x, up, ACTIVATION, ALPHA, LIMIT, OFFSET, SIGMOID_ROUNDING, INNER_ROUNDING, PRODUCT_ROUNDING
         )
@@ -226,6 +232,7 @@ def fused_quant_kernel(
             ORDINARY,
             QUOTIENT_ROUNDING,
             NEAREST_EVEN,
+            ADDS_ZERO,
             CLAMP_LOW,
             CLAMP,
             LARGEST,

@@ -286,6 +286,7 @@ def constants(spec: FusedSpec) -> dict[str, Any]:
         "ORDINARY": _ordinary(quantizer),
         "QUOTIENT_ROUNDING": DTYPE_NAMES[quantizer.quotient],
         "NEAREST_EVEN": quantizer.rounding is Rounding.NEAREST_EVEN,
+        "ADDS_ZERO": quantizer.adds_zero,
         "CLAMP": None if _cast_clamps(quantizer) else quantizer.clamp,
         "CLAMP_LOW": quantizer.clamp_low if quantizer.clamp_low is not None else -(quantizer.clamp or 0.0),
         "LARGEST": _LARGEST.get(quantizer.code),

@@ -38,8 +38,7 @@ def reference(
     if isinstance(spec.prologue, RMSNorm):
         value, total = _rms_norm(spec.prologue, value, other, weight)
     elif isinstance(spec.prologue, GatedActivation):
-        assert other is not None
-        value = _gated(spec.prologue, value, other.float())
+        value = _gated(spec.prologue, value, None if other is None else other.float())
     outputs = _quantize(spec.quantizer, value, given)
     if spec.layout is ScaleLayout.COLUMN:
         outputs[1] = outputs[1].transpose(-1, -2).contiguous()
@@ -85,14 +84,18 @@ _ACTIVATIONS: dict[Activation, Callable[[torch.Tensor], torch.Tensor]] = {
 }
 
 
-def _gated(spec: GatedActivation, gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
+def _gated(spec: GatedActivation, gate: torch.Tensor, up: torch.Tensor | None) -> torch.Tensor:
     if spec.limit is not None:
-        gate, up = gate.clamp(max=spec.limit), up.clamp(-spec.limit, spec.limit)
+        gate = gate.clamp(max=spec.limit)
     if spec.activation is Activation.SIGMOID_PRODUCT:
         scaled = gate if spec.alpha == 1 else _round(gate * spec.alpha, spec.inner)
         active = gate * _round(torch.sigmoid(scaled), spec.inner)
     else:
         active = _ACTIVATIONS[spec.activation](gate)
+    if up is None:
+        return _round(active, spec.product)
+    if spec.limit is not None:
+        up = up.clamp(-spec.limit, spec.limit)
     if spec.offset:
         up = _round(up + spec.offset, spec.inner)
     return _round(_round(active, spec.activated) * up, spec.product)
@@ -119,6 +122,8 @@ def _quantize(quantizer: Quantizer, value: torch.Tensor, given: torch.Tensor | N
     quotient = _round(grouped / factor if quantizer.divides else grouped * factor, quantizer.quotient)
     if quantizer.rounding is Rounding.NEAREST_EVEN:
         quotient = quotient.round()
+    if quantizer.adds_zero:
+        quotient = quotient + 0.0
     if quantizer.clamp is not None:
         low = -quantizer.clamp if quantizer.clamp_low is None else quantizer.clamp_low
         quotient = quotient.clamp(low, quantizer.clamp)

@@ -1,4 +1,4 @@
-"""Gated activations: activation(gate) * up."""
+"""Gated activations, activation(gate) * up, and activations alone."""
 
 from __future__ import annotations
 
@@ -24,13 +24,14 @@ from .grammar import (
     made_by,
     number,
     op,
+    quiet,
     tagged,
     value,
 )
 from .values import aten, shape
 
 _bare_gate = value("gate")
-_gate = either(clamped_above(_bare_gate, "gate_limit"), _bare_gate)
+_gate = either(quiet(clamped_above(_bare_gate, "gate_limit")), _bare_gate)
 _sigmoid = aten.sigmoid.default
 
 
@@ -64,18 +65,23 @@ def _gelu_tanh(rounding: str) -> Pattern:
 
 # Eager code computes a function of its own in one kernel, where products and sums may be contracted: only such nodes are
 # taken for it, not the same operations one by one.
-_activation = either(
-    tagged("activation", Activation.SILU, _silu("activated")),
-    tagged("activation", Activation.SIGMOID_PRODUCT, _sigmoid_product("activated")),
-    tagged("activation", Activation.SIGMOID, op((_sigmoid,), _gate, rounding="activated")),
-    tagged("activation", Activation.GELU, made_by(aten.gelu.default, _gelu("activated"))),
-    tagged("activation", Activation.GELU_TANH, made_by(aten.gelu.default, _gelu_tanh("activated"))),
-)
-_bare_up = value("up")
-_limited_up = either(clamped(_bare_up, "up_low", "up_limit"), _bare_up)
-_up = either(op(ADD, _limited_up, number("offset"), rounding="inner", commutative=True), _limited_up)
+def _activation(rounding: str) -> Pattern:
+    return either(
+        tagged("activation", Activation.SILU, _silu(rounding)),
+        tagged("activation", Activation.SIGMOID_PRODUCT, _sigmoid_product(rounding)),
+        tagged("activation", Activation.SIGMOID, op((_sigmoid,), _gate, rounding=rounding)),
+        tagged("activation", Activation.GELU, made_by(aten.gelu.default, _gelu(rounding))),
+        tagged("activation", Activation.GELU_TANH, made_by(aten.gelu.default, _gelu_tanh(rounding))),
+    )
 
-gated = op(MUL, _activation, _up, rounding="product", commutative=True, shapes=elementwise)
+
+_bare_up = value("up")
+_limited_up = either(quiet(clamped(_bare_up, "up_low", "up_limit")), _bare_up)
+_shifted_up = op(ADD, _limited_up, number("offset"), rounding="inner", commutative=True)
+_up = either(quiet(_shifted_up), _limited_up)
+
+gated = op(MUL, _activation("activated"), _up, rounding="product", commutative=True, shapes=elementwise)
+alone = _activation("product")
 
 
 @dataclass(frozen=True)
@@ -84,30 +90,32 @@ class ActivationSite:
 
     spec: GatedActivation
     gate: fx.Node
-    up: fx.Node
+    up: fx.Node | None
     size: int
     nodes: tuple[fx.Node, ...]
 
 
 def recognise_activation(node: fx.Node, search: Search) -> ActivationSite | None:
     """The gated activation whose result node is, or None with the reason in ``search.failure``."""
-    for match in gated(node, Match(), search):
+    for match in either(gated, alone)(node, Match(), search):
         size = shape(match["gate_used"])[-1]
         if not isinstance(size, int):
             search.fail(match["gate"], match, "rows of a static length", f"rows of {size} values")
             continue
         limit = match.get("gate_limit")
-        if (match.get("up_low"), match.get("up_limit")) != (None if limit is None else -limit, limit):
+        both = (match.get("up_low"), match.get("up_limit")) == (None if limit is None else -limit, limit)
+        if not both and "up" in match.captures:
             search.fail(match["up"], match, f"the gate's bound, {limit}, for up", f"{match.get('up_limit')}")
             continue
         spec = GatedActivation(
             match["activation"],
-            match["activated"],
+            match.get("activated", torch.float32),
             match["product"],
             inner=match.get("inner", torch.float32),
             alpha=match.get("alpha", 1.0),
             limit=limit,
             offset=match.get("offset", 0.0),
+            gated="up" in match.captures,
         )
-        return ActivationSite(spec, match["gate_used"], match["up_used"], size, match.nodes)
+        return ActivationSite(spec, match["gate_used"], match.get("up_used"), size, match.nodes)
     return None

@@ -17,7 +17,7 @@ from torch import fx
 
 from fusion_pass.inductor import stored_number
 
-from .values import FLOATS, Values, aten, dtype, same_shape, same_size, shape, tensor
+from .values import FLOATS, Values, aten, cast_dtype, dtype, same_shape, same_size, shape, tensor
 
 ADD = (aten.add.Tensor, aten.add.Scalar)
 SUB = (aten.sub.Tensor, aten.sub.Scalar)
@@ -114,21 +114,38 @@ def value(name: str) -> Pattern:
     return pattern
 
 
+_FOLDED: dict[Any, Callable[..., float]] = {
+    **dict.fromkeys(ADD, operator.add),
+    **dict.fromkeys(SUB, operator.sub),
+    **dict.fromkeys(MUL, operator.mul),
+    **dict.fromkeys(DIV, operator.truediv),
+    aten.neg.default: operator.neg,
+    aten.round.default: round,
+    aten.clamp_min.default: max,
+    aten.clamp_min.Tensor: max,
+    aten.clamp_max.default: min,
+    aten.clamp_max.Tensor: min,
+}
+
+
 def constant(argument: Any, values: Values) -> float | None:
-    """The number an argument is: a Python scalar, or a tensor filled with one."""
+    """The number an argument is: a Python scalar, or a tensor filled with one; what is made of numbers is folded."""
     if isinstance(argument, (int, float)) and not isinstance(argument, bool):
         return float(argument)
     if not isinstance(argument, fx.Node) or tensor(argument) is None:
         return None
     node = values.core(argument)
-    if node.target is aten.neg.default:
-        negated = constant(node.args[0], values)
-        return None if negated is None else -negated
     number: Any = None
     if node.op == "get_attr":
         number = stored_number(node)
     elif node.target in (aten.full.default, aten.scalar_tensor.default, aten.full_like.default):
         number = node.args[0] if node.target is aten.scalar_tensor.default else node.args[1]
+    elif node.target in _FOLDED or cast_dtype(node) is not None:
+        operands = [constant(a, values) for a in (node.args if node.target in _FOLDED else node.args[:1])]
+        if None not in operands and not (node.target in DIV and operands[1] == 0):
+            number = _FOLDED[node.target](*operands) if node.target in _FOLDED else operands[0]
+            # Zero is all that is known to survive a cast to codes.
+            number = number if number == 0 or dtype(node) in (*FLOATS, torch.float64) else None
     if isinstance(number, bool) or not isinstance(number, (int, float)):
         return None
     return round_to(float(number), dtype(argument))
@@ -151,6 +168,11 @@ def number(name: str) -> Pattern:
             yield bound
 
     return pattern
+
+
+def quiet(inner: Pattern) -> Pattern:
+    """inner, an option of which nobody need hear that it was not taken."""
+    return lambda node, match, search: inner(node, match, Search(search.values))
 
 
 def equal(wanted: float) -> Pattern:
@@ -320,7 +342,7 @@ def reduce_rows(targets: tuple[Any, ...], operand: Pattern, *, size: str, exact:
         core = search.values.core(node) if isinstance(node, fx.Node) else node
         if isinstance(core, fx.Node) and core.target in targets:
             source = core.args[0]
-            if tensor(source) is None or not _reduces_last(core, len(shape(source))):  # type: ignore[arg-type]
+            if tensor(source) is None or not _reduces_last(core, shape(source)):  # type: ignore[arg-type]
                 search.fail(core, match.consume(core), "a reduction over the last dim alone")
                 return
             bound = match.bind(size, shape(source)[-1])  # type: ignore[arg-type]
@@ -341,9 +363,7 @@ def reduce_all(targets: tuple[Any, ...], operand: Pattern, *, size: str) -> Patt
         core = search.values.core(node) if isinstance(node, fx.Node) else node
         if not isinstance(core, fx.Node) or core.target not in targets or tensor(core) is None:
             return
-        dims: Any = core.args[1] if len(core.args) > 1 else core.kwargs.get("dim", ())
-        rank = len(shape(core.args[0]))  # type: ignore[arg-type]
-        if dims and {d % rank for d in dims} != set(range(rank)):
+        if not all(same_size(length, 1) for length in shape(core)):
             return
         bound = match.bind(size, None)
         if bound is not None:
@@ -352,11 +372,16 @@ def reduce_all(targets: tuple[Any, ...], operand: Pattern, *, size: str) -> Patt
     return pattern
 
 
-def _reduces_last(core: fx.Node, rank: int) -> bool:
+def _reduces_last(core: fx.Node, sizes: tuple[Any, ...]) -> bool:
     dims = core.args[1] if len(core.args) > 1 else core.kwargs.get("dim")
     if isinstance(dims, int):
         dims = [dims]
-    return rank > 0 and isinstance(dims, (list, tuple)) and [d % rank for d in dims if isinstance(d, int)] == [rank - 1]
+    if not sizes or not isinstance(dims, (list, tuple)):
+        return False
+    reduced = {d % len(sizes) for d in dims if isinstance(d, int)}
+    last = len(sizes) - 1
+    # Dims of one value may be reduced as well.
+    return last in reduced and all(same_size(sizes[d], 1) for d in reduced - {last})
 
 
 def getitem(index: int, inner: Pattern) -> Pattern:

@@ -6,7 +6,6 @@ code = cast(clamp(round(x / factor))), the factor a term of amax(|x|) per row, g
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,28 +21,17 @@ from .grammar import (
     DIV,
     MUL,
     Match,
-    Pattern,
     Search,
+    constant,
     either,
+    equal,
     one_per_group,
     op,
     tagged,
     value,
 )
 from .scales import ScaleReader, factor
-from .values import FLOATS, VIEWS, aten, cast_dtype, dtype, same_size, shape
-
-
-def zero() -> Pattern:
-    """A tensor filled with zeros, of any dtype."""
-
-    def pattern(node: Any, match: Match, search: Search) -> Iterator[Match]:
-        while isinstance(node, fx.Node) and (cast_dtype(node) or search.values.is_transparent(node)):
-            node = node.args[0]
-        if isinstance(node, fx.Node) and node.target is aten.full.default and node.args[1] == 0:
-            yield match
-
-    return pattern
+from .values import FLOATS, Values, aten, cast_dtype, dtype, same_size, shape
 
 
 def _reader(match: Match, search: Search) -> ScaleReader:
@@ -61,8 +49,8 @@ _rounded = either(
     tagged("rounding", Rounding.NEAREST_EVEN, op((aten.round.default,), _quotient, exact=True)),
     tagged("rounding", Rounding.CAST, _quotient),
 )
-# Symmetric int8 quantization may still add its zero point.
-_level = either(_rounded, op(ADD, _rounded, zero(), commutative=True))
+# Symmetric quantization may still add its zero point, which changes -0 alone.
+_level = either(_rounded, tagged("adds_zero", True, op(ADD, _rounded, equal(0), exact=True, commutative=True)))
 
 
 _saturated = either(
@@ -98,16 +86,16 @@ class QuantizerSite:
         return self.reader.given
 
 
-def quantizing_cast(node: fx.Node) -> bool:
-    """Whether node casts computed floats to codes; masks and zero points are no codes."""
+def casts_to_codes(node: fx.Node) -> bool:
+    """Whether node casts floats to a dtype of codes."""
     if node.op != "call_function" or cast_dtype(node) not in CODE_DTYPES:
         return False
-    source: Any = node.args[0]
-    if dtype(source) not in FLOATS:
-        return False
-    while source.target in VIEWS:
-        source = source.args[0]
-    return source.target is not aten.full.default
+    return dtype(node.args[0]) in FLOATS  # type: ignore[arg-type]
+
+
+def quantizes(node: fx.Node, values: Values) -> bool:
+    """Whether what node casts to codes is computed from a tensor; masks and zero points are no codes."""
+    return constant(node.args[0], values) is None
 
 
 def recognise_quantizer(codes: fx.Node, search: Search, device_type: str) -> QuantizerSite | None:
@@ -174,6 +162,7 @@ def _spec(codes: fx.Node, match: Match) -> Quantizer:
         clamp=high,
         clamp_low=None if low is None or low == -high else low,
         rounding=match["rounding"],
+        adds_zero="adds_zero" in match.captures and code is not torch.int8,
     )
 
 

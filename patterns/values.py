@@ -14,6 +14,8 @@ import torch
 from torch import fx
 from torch.fx.immutable_collections import immutable_dict, immutable_list
 
+from fusion_pass.inductor import stored_number
+
 aten = torch.ops.aten
 prims = torch.ops.prims
 
@@ -93,7 +95,8 @@ class Values:
             if source is not None:
                 self._core[node] = self._core[source]
                 continue
-            core = first.setdefault(self._key(node), node) if _is_pure(node) else node
+            key = self._key(node) if _is_pure(node) else _lifted(node)
+            core = node if key is None else first.setdefault(key, node)
             self._core[node] = core
             self._origins.setdefault(core, []).append(node)
 
@@ -184,6 +187,15 @@ def same_size(a: Any, b: Any) -> bool:
 
 def same_shape(a: Any, b: Any) -> bool:
     return bool(_dims(a) == _dims(b))
+
+
+def _lifted(node: fx.Node) -> Any:
+    """A key of the number that tracing lifted out of the code, once for each time it was written."""
+    number = stored_number(node) if node.op == "get_attr" else None
+    value = tensor(node)
+    if number is None or value is None or number != number:
+        return None
+    return ("number", repr(number), value.dtype, value.device, value.dim())
 
 
 def _is_pure(node: fx.Node) -> bool:

@@ -55,6 +55,7 @@ def prologues(device, dtype):
         "silu": GatedActivation(activated=dtype, product=dtype),
         "unrounded silu": GatedActivation(),
         "silu by sigmoid": GatedActivation(Activation.SIGMOID_PRODUCT, dtype, dtype, inner=dtype),
+        "gelu alone": GatedActivation(Activation.GELU_TANH, product=dtype, gated=False),
         "sigmoid": GatedActivation(Activation.SIGMOID, dtype, dtype),
         "gelu": GatedActivation(Activation.GELU, dtype, dtype),
         "gelu tanh": GatedActivation(Activation.GELU_TANH, dtype, dtype),
@@ -69,6 +70,8 @@ def check(spec, shape, dtype, device):
     make = (lambda: spelled.exact_rows(*shape, device=device, dtype=dtype)) if exact else None
     x, other = (make() if make else torch.randn(shape, device=device).to(dtype) for _ in range(2))
     weight = torch.randn(shape[-1], device=device).to(dtype)
+    if isinstance(spec.prologue, GatedActivation) and not spec.prologue.gated:
+        other = None
     if isinstance(spec.prologue, NoPrologue) or (exact and spec.prologue.residual_sum is None):
         other = None
     if not exact or spec.prologue.weight is Weight.NONE:
@@ -132,6 +135,7 @@ def test_kernels_equal_the_reference(prologue, group, dtype, device):
         Quantizer.dynamic(amax_floor=1e-10, per_tensor=True),
         Quantizer.dynamic(scale_floor=1e-5, per_tensor=True, quotient_rule=QuotientRule.RECIPROCAL),
         Quantizer.static(),
+        dataclasses.replace(Quantizer.dynamic(group=64), adds_zero=True, quotient=BF16),
         Quantizer.static(quotient_rule=QuotientRule.DIVIDE),
         Quantizer.static(torch.int8, clamp=127.0, rounding=Rounding.NEAREST_EVEN),
         # torchao's float64 detour, and a bound that is a tensor.

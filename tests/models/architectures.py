@@ -57,9 +57,9 @@ ARCHITECTURES = {
 }
 
 
-def build(name):
-    """A bf16 model of the architecture, in eval mode, without gradients."""
-    config = getattr(transformers, f"{name}Config")(**{**_TINY, **ARCHITECTURES[name]})
+def build(name, **sizes):
+    """A bf16 model of the architecture, in eval mode, without gradients; ``sizes`` override the common ones."""
+    config = getattr(transformers, f"{name}Config")(**{**_TINY, **ARCHITECTURES[name], **sizes})
     config._attn_implementation = "eager" if name in ("Gemma2", "GptOss") else "sdpa"
     model = getattr(transformers, f"{name}Model")(config)
     return model.bfloat16().eval().requires_grad_(False)

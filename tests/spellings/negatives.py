@@ -755,7 +755,7 @@ def mish(gate, up):
     return F.mish(gate) * up
 
 
-@negative(f"{MADE_UP} silu of the product", QUANT, inputs=pair(), then=per_token)
+@negative(f"{MADE_UP} silu of the product", "silu_per_token", inputs=pair(), then=per_token)
 def silu_of_product(gate, up):
     return F.silu(gate * up)
 
