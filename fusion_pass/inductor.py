@@ -27,6 +27,7 @@ __all__ = [
     "fake_mode_of",
     "functional_launch",
     "launch_kernels_statically",
+    "real_tensors",
     "realize_kernel_inputs",
     "remove_pass",
     "sort_topologically",
@@ -119,14 +120,19 @@ def fake_mode_of(graph: fx.Graph) -> FakeTensorMode | contextlib.AbstractContext
     return contextlib.nullcontext()
 
 
-def stored_number(node: fx.Node) -> float | None:
-    """The number in a tensor that tracing lifted out of the code, such as ``torch.tensor(1.0)``; None if it is not one."""
+def real_tensors() -> contextlib.AbstractContextManager[Any]:
+    """A context in which tensors are computed, even while a graph of fake ones is compiled."""
     from torch.utils._python_dispatch import _disable_current_modes
 
+    return _disable_current_modes()  # type: ignore[no-any-return]
+
+
+def stored_number(node: fx.Node) -> float | None:
+    """The number in a tensor that tracing lifted out of the code, such as ``torch.tensor(1.0)``; None if it is not one."""
     stored = getattr(node.graph.owning_module, str(node.target), None)
     if not isinstance(stored, torch.Tensor) or isinstance(stored, FakeTensor) or stored.numel() != 1:
         return None
-    with _disable_current_modes():
+    with real_tensors():
         return float(stored)
 
 

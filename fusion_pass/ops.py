@@ -79,8 +79,10 @@ def _check(op: str, spec: FusedSpec, operands: _Operands) -> None:
     """Raise ValueError, naming the argument, its value and what is allowed, unless the op can run."""
     _check_presence(op, spec, operands)
     x = operands.x
-    if x.dim() < 1 or (spec.layout is ScaleLayout.COLUMN and x.dim() < 2):
-        raise ValueError(f"x has shape {tuple(x.shape)}; allowed: (..., N), and (..., M, N) for column scales")
+    if x.dim() < 1 or (spec.layout is not ScaleLayout.ROW and x.dim() < 2):
+        raise ValueError(
+            f"x has shape {tuple(x.shape)}; allowed: (..., N), and (..., M, N) for scales that are not stored by rows"
+        )
     check_row(spec, x.shape[-1])
     other = "residual" if isinstance(spec.prologue, RMSNorm) else "up"
     shapes = {"x": x.shape, other: x.shape, "weight": x.shape[-1:], "given": None}

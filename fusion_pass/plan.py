@@ -7,6 +7,8 @@ Every quantizing cast is named first. Casts of one value are then planned togeth
 from __future__ import annotations
 
 import dataclasses
+import functools
+import operator
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 from typing import Any
@@ -16,10 +18,10 @@ from torch import fx
 
 from .patterns.activations import ActivationSite, recognise_activation
 from .patterns.grammar import Failure, Search, describe
-from .patterns.layouts import column_copies
+from .patterns.layouts import stored_copies
 from .patterns.norms import NormSite, recognise_norm
 from .patterns.quantizers import QuantizerSite, casts_to_codes, quantizes, recognise_quantizer
-from .patterns.values import FLOATS, Values, cast_dtype, dtype, same_shape, shape, tensor
+from .patterns.values import FLOATS, Values, cast_dtype, dtype, same_shape, same_size, shape, tensor
 from .sites import FusedSite, Miss, Report, location
 from .specs import FusedSpec, Granularity, NoPrologue, Quantizer, ScaleLayout
 from .terms import Term, kind
@@ -275,10 +277,16 @@ class _Planner:
         if group is None or site.scale is None:
             return site
         outside = self._outside_uses(site.scale, claimed)
-        copies = column_copies(outside, site.row // group)
-        if copies:
-            site.spec = dataclasses.replace(site.spec, layout=ScaleLayout.COLUMN)
-            site.scale_copies = copies
+        x = shape(site.x)
+        matrix_rows = x[-2] if len(x) > 1 and same_size(x[-1], site.row) else None
+        # The matrices of scales are those of x, or one of all its rows.
+        for rows, flatten in ((matrix_rows, False), (_product(shape(site.scale)) // (site.row // group), True)):
+            layout, copies = stored_copies(outside, rows, site.row // group) if outside else (ScaleLayout.ROW, ())
+            packable = layout is not ScaleLayout.PACKED or site.quantizer.scale_dtype is torch.uint8
+            if copies and packable:
+                site.spec = dataclasses.replace(site.spec, layout=layout)
+                site.scale_copies, site.flatten = copies, flatten
+                break
         return site
 
     def _sum_output(self, summed: fx.Node, claimed: set[fx.Node]) -> tuple[torch.dtype, fx.Node]:
@@ -339,6 +347,10 @@ def _over_rows(quantizer: QuantizerSite, row: int) -> Quantizer:
     if quantizer.spec.group != row:
         return quantizer.spec
     return dataclasses.replace(quantizer.spec, group=None, granularity=Granularity.ROW)
+
+
+def _product(sizes: Iterable[Any]) -> Any:
+    return functools.reduce(operator.mul, sizes, 1)
 
 
 def _storable(core: fx.Node, term: Term) -> bool:

@@ -48,12 +48,16 @@ class _Editor:
         remaining = iter(outputs)
         self._replace(self.values.origins(site.codes), next(remaining))
         if site.scale_copies:
-            self._replace(site.scale_copies, next(remaining))
+            self._replace(site.scale_copies, self._as_stored(site.scale_copies[0], next(remaining)))
         elif site.scale is not None:
             self._replace_scale(site.scale, next(remaining))
         for value in (site.sum, site.value):
             if value is not None:
                 self._replace(self.values.origins(value), next(remaining))
+
+    def _as_stored(self, copy: fx.Node, scale: fx.Node) -> fx.Node:
+        """Scales in the dtype of the copy they replace: packed exponents are read as words."""
+        return scale if dtype(copy) == dtype(scale) else self._call(aten.view.dtype, (scale, dtype(copy)))
 
     def _present(self, site: FusedSite, inputs: list[fx.Node]) -> tuple[fx.Node | None, ...]:
         """x, other and weight in the shapes the op takes: rows of ``site.row`` values, other as x, weight flat."""
@@ -62,7 +66,8 @@ class _Editor:
             None if n is None else next(remaining) for n in (site.x, site.other, site.weight, site.given)
         )
         assert x is not None
-        if not same_size(shape(x)[-1] if shape(x) else 1, site.row):
+        rows_apart = same_size(shape(x)[-1] if shape(x) else 1, site.row)
+        if not rows_apart or (site.flatten and len(shape(x)) > 2):
             x = self._call(aten.reshape.default, (x, [-1, site.row]))
         if other is not None and not same_shape(shape(other), shape(x)):
             other = self._call(aten.reshape.default, (other, self._sizes(x)))

@@ -39,6 +39,7 @@ class FusedSite:
         row: values per row of x.
         codes, scale: the values it replaces, scale None if nothing reads it; for a column layout ``scale_copies`` are the transposed copies it replaces.
         sum, value: the values of the residual sum and of the prologue, if the graph reads them elsewhere.
+        flatten: whether the rows of x become one matrix, as its scales are stored so.
         nodes: the operations it stands for, the quantizing cast first.
         shared_by: how many quantizing casts of the graph this one op serves.
     """
@@ -55,6 +56,7 @@ class FusedSite:
     scale_copies: tuple[fx.Node, ...] = ()
     sum: fx.Node | None = None
     value: fx.Node | None = None
+    flatten: bool = False
     shared_by: int = 1
     op: fx.Node | None = None
     location: str = ""
@@ -77,7 +79,7 @@ class FusedSite:
     def name(self) -> str:
         """The site in one word, as counters name it: ``add_rms_norm_per_token``."""
         return f"{prologue_name(self.prologue)}_{quantizer_name(self.quantizer)}" + (
-            "_column" if self.scale_layout is ScaleLayout.COLUMN else ""
+            "" if self.scale_layout is ScaleLayout.ROW else f"_{self.scale_layout.value}"
         )
 
     def __str__(self) -> str:

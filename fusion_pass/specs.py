@@ -119,13 +119,17 @@ class Rounding(enum.Enum):
 
 
 class ScaleLayout(enum.Enum):
-    """Where the scale of row m, group g lies: at m*G + g (ROW), or at g*M + m (COLUMN).
+    """Where the scale of row m, group g lies; :mod:`fusion_pass.addresses` has the formulas.
 
-    COLUMN is presented as the eager code presents it: the contiguous (G, M) result of ``scale.transpose(-1, -2).contiguous()``.
+    All but ROW are presented as they are stored, a contiguous tensor per matrix, padding included: zeros.
     """
 
-    ROW = "row"
-    COLUMN = "column"
+    ROW = "row"  # (M, G)
+    COLUMN = "column"  # (G, M): scale.transpose(-1, -2).contiguous()
+    TMA = "tma"  # (G, M rounded up to 4), for TMA descriptors: DeepGEMM
+    PACKED = "packed"  # E8M0 bytes, four groups to a little-endian word: words (G / 4, M rounded up to 4): DeepGEMM
+    BLOCKED = "blocked"  # tiles of 128 x 4: torch._scaled_mm, cuBLAS
+    SHUFFLED = "shuffled"  # tiles of 32 x 8: aiter's MX scales
 
 
 class SpecError(ValueError):
@@ -443,10 +447,10 @@ class FusedSpec:
         for name in ("sum_output", "value_output"):
             dtype = getattr(self, name)
             _require(dtype is None or dtype in ROUNDING_DTYPES, name, dtype, "None, float32, bfloat16 or float16")
-        column_per_token = self.layout is ScaleLayout.COLUMN and self.quantizer.group is None
-        _require(
-            not column_per_token, "layout", self.layout.value, "row for per-token scales, which are a single column"
-        )
+        single_column = self.layout is not ScaleLayout.ROW and self.quantizer.group is None
+        _require(not single_column, "layout", self.layout.value, "row for per-token scales, which are a single column")
+        unpackable = self.layout is ScaleLayout.PACKED and self.quantizer.scale_dtype is not torch.uint8
+        _require(not unpackable, "layout", self.layout.value, "packed for E8M0 bytes alone")
 
     def encode(self) -> str:
         """The spec as text that :func:`decode` reads back; an op in a graph carries its spec this way."""

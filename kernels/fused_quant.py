@@ -113,6 +113,30 @@ def gated_activation(
 
 
 @triton.jit
+def scale_address(rows, groups, scale_rows, GROUPS: tl.constexpr, LAYOUT: tl.constexpr):
+    """Where scales lie, as fusion_pass.addresses has it, in consecutive matrices of ``scale_rows`` rows."""
+    matrix = rows // scale_rows
+    m = rows - matrix * scale_rows
+    if LAYOUT == "column":
+        at = (matrix * GROUPS + groups) * scale_rows + m
+    elif LAYOUT == "tma":
+        at = (matrix * GROUPS + groups) * ((scale_rows + 3) // 4 * 4) + m
+    elif LAYOUT == "packed":
+        WORDS: tl.constexpr = (GROUPS + 3) // 4
+        at = ((matrix * WORDS + groups // 4) * ((scale_rows + 3) // 4 * 4) + m) * 4 + groups % 4
+    elif LAYOUT == "blocked":
+        TILES: tl.constexpr = (GROUPS + 3) // 4
+        tile = (matrix * ((scale_rows + 127) // 128) + m // 128) * TILES + groups // 4
+        at = tile * 512 + m % 32 * 16 + m % 128 // 32 * 4 + groups % 4
+    else:
+        tl.static_assert(LAYOUT == "shuffled")
+        COLUMNS: tl.constexpr = (GROUPS + 7) // 8 * 8
+        strip = (matrix * ((scale_rows + 31) // 32) + m // 32) * 32 * COLUMNS
+        at = strip + groups // 8 * 256 + groups % 4 * 64 + m % 16 * 4 + groups % 8 // 4 * 2 + m % 32 // 16
+    return at
+
+
+@triton.jit
 def fused_quant_kernel(
     x_ptr,
     other_ptr,
@@ -156,14 +180,14 @@ def fused_quant_kernel(
     CLAMP: tl.constexpr,
     LARGEST: tl.constexpr,
     OVERFLOW: tl.constexpr,
-    COLUMN_SCALES: tl.constexpr,
+    LAYOUT: tl.constexpr,
 ):
     """One program: a tile of ROWS rows x GROUPS groups x LANES >= GROUP values; a norm needs tiles of whole rows.
 
     x and other: (M, N), rows at ``x_stride`` and ``other_stride``; other is a norm's residual or an activation's up half.
-    weight: (N,). given: a scalar. code, sum, value: (M, N) contiguous. scale: (M, N // GROUP), or with COLUMN_SCALES consecutive
-    (N // GROUP, scale_rows) matrices, each for ``scale_rows`` rows; one value if a tensor shares it. Absent tensors and what
-    goes with them are None.
+    weight: (N,). given: a scalar. code, sum, value: (M, N) contiguous. scale: (M, N // GROUP), or
+    consecutive matrices in LAYOUT, each for ``scale_rows`` rows; one value if a tensor shares it. Absent tensors and what goes
+    with them are None.
 
     PEAK says where the amax comes from: each ``group`` of the tile; ``none`` is needed; or one that the whole tensor shares,
     in two launches: the first adds its tiles to it (``store``) and writes no codes, the second reads it (``load``).
@@ -244,9 +268,8 @@ def fused_quant_kernel(
             if PEAK != "group":
                 at = tl.full([1, 1, 1], 0, tl.int32)
                 present = at == tl.program_id(0) + tl.program_id(1)
-            elif COLUMN_SCALES:
-                matrix = rows // scale_rows
-                at = (matrix * (N // GROUP) + groups) * scale_rows + (rows - matrix * scale_rows)
-            else:
+            elif LAYOUT == "row":
                 at = rows * (N // GROUP) + groups
+            else:
+                at = scale_address(rows, groups, scale_rows, N // GROUP, LAYOUT)
             tl.store(scale_ptr + at, scale.to(scale_ptr.dtype.element_ty), present)

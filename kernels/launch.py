@@ -11,6 +11,7 @@ from typing import Any
 import torch
 import triton
 
+from fusion_pass.addresses import allocated, has_padding
 from fusion_pass.specs import (
     DTYPE_NAMES,
     FusedSpec,
@@ -119,8 +120,8 @@ def launch(
         wrap: applied to the kernel before it is launched; lowering records the launch this way.
 
     Returns:
-        codes (..., N); the scale if the spec returns one: (..., N // group), in a column layout (..., N // group, rows), or
-        (1,) for a whole tensor; then the residual sum and the prologue's value if the spec asks for them. All contiguous.
+        codes (..., N); the scale if the spec returns one: (..., N // group), as its layout stores it, or (1,) for a whole
+        tensor; then the residual sum and the prologue's value if the spec asks for them. All contiguous.
     """
     row = x.shape[-1]
     x, x_stride = _rows(x)
@@ -143,7 +144,7 @@ def launch(
         "sum_ptr": named.get("sum"),
         "value_ptr": named.get("value"),
         "M": count,
-        "scale_rows": x.shape[-2] if spec.layout is ScaleLayout.COLUMN else None,
+        "scale_rows": None if spec.layout is ScaleLayout.ROW else x.shape[-2],
         "x_stride": x_stride,
         "other_stride": other_stride,
         "N": row,
@@ -179,16 +180,19 @@ def written(arguments: dict[str, Any]) -> list[str]:
 
 
 def allocate(spec: FusedSpec, x: torch.Tensor) -> list[torch.Tensor]:
-    """The outputs of ``spec`` for an input like x, uninitialised."""
+    """The outputs of ``spec`` for an input like x, uninitialised but for padding of the scales."""
     quantizer = spec.quantizer
     lead = list(x.shape[:-1])
     outputs = [torch.empty(x.shape, dtype=quantizer.code, device=x.device)]
     if quantizer.scale is not None:
         groups = x.shape[-1] // (quantizer.group or x.shape[-1])
-        scale = [*lead[:-1], groups, lead[-1]] if spec.layout is ScaleLayout.COLUMN else [*lead, groups]
+        scale, make = [*lead, groups], torch.empty
         if quantizer.granularity is Granularity.TENSOR:
             scale = [1]
-        outputs.append(torch.empty(scale, dtype=quantizer.scale_dtype, device=x.device))
+        elif spec.layout is not ScaleLayout.ROW:
+            scale = [*lead[:-1], *allocated(spec.layout, lead[-1], groups)]
+            make = torch.zeros if has_padding(spec.layout, lead[-1], groups) else torch.empty
+        outputs.append(make(scale, dtype=quantizer.scale_dtype, device=x.device))
     extras = [dtype for dtype in (spec.sum_output, spec.value_output) if dtype is not None]
     return outputs + [torch.empty(x.shape, dtype=dtype, device=x.device) for dtype in extras]
 
@@ -291,5 +295,5 @@ def constants(spec: FusedSpec) -> dict[str, Any]:
         "CLAMP_LOW": quantizer.clamp_low if quantizer.clamp_low is not None else -(quantizer.clamp or 0.0),
         "LARGEST": _LARGEST.get(quantizer.code),
         "OVERFLOW": _overflow(quantizer),
-        "COLUMN_SCALES": spec.layout is ScaleLayout.COLUMN,
+        "LAYOUT": spec.layout.value,
     }

@@ -5,11 +5,13 @@ Computed eagerly on the device of the code it stands for, it gives that code's b
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 
 import torch
 import torch.nn.functional as F  # noqa: N812
 
+from fusion_pass.addresses import address, allocated
 from fusion_pass.specs import (
     Activation,
     FusedSpec,
@@ -40,8 +42,8 @@ def reference(
     elif isinstance(spec.prologue, GatedActivation):
         value = _gated(spec.prologue, value, None if other is None else other.float())
     outputs = _quantize(spec.quantizer, value, given)
-    if spec.layout is ScaleLayout.COLUMN:
-        outputs[1] = outputs[1].transpose(-1, -2).contiguous()
+    if spec.layout is not ScaleLayout.ROW and spec.quantizer.scale is not None:
+        outputs[1] = _placed(spec.layout, outputs[1])
     if spec.sum_output is not None:
         assert total is not None
         outputs.append(total.to(spec.sum_output).contiguous())
@@ -74,6 +76,17 @@ def _rms_norm(
         factor = weight.float() + 1 if norm.weight is Weight.ONE_PLUS else weight.float()
         normalized = normalized * factor
     return _round(normalized, norm.product), total
+
+
+def _placed(layout: ScaleLayout, scale: torch.Tensor) -> torch.Tensor:
+    """Scales (..., M, G) as a layout stores them."""
+    rows, groups = scale.shape[-2:]
+    m, g = torch.arange(rows, device=scale.device)[:, None], torch.arange(groups, device=scale.device)
+    at = address(layout, m, g, rows, groups).flatten()
+    stored = allocated(layout, rows, groups)
+    flat = scale.new_zeros(*scale.shape[:-2], math.prod(stored))
+    flat[..., at] = scale.flatten(-2)
+    return flat.unflatten(-1, stored)  # type: ignore[no-untyped-call, no-any-return]
 
 
 _ACTIVATIONS: dict[Activation, Callable[[torch.Tensor], torch.Tensor]] = {

@@ -1,25 +1,72 @@
-"""Scale layouts: what is done to the scales after they are computed."""
+"""Scale layouts: what is done to the scales after they are computed.
+
+A layout is recognised by what it does, not by how it is written: the views, permutations and paddings in front of a copy are
+carried out on the numbers of the scales, and the result is compared with where each layout keeps them.
+"""
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
 from torch import fx
 
-from .values import aten, same_size, shape
+from fusion_pass.addresses import address, allocated
+from fusion_pass.inductor import real_tensors
+from fusion_pass.specs import ScaleLayout
+
+from .values import aten, dtype, same_shape, shape
 
 _PERMUTES = (aten.permute.default, aten.transpose.int, aten.t.default, aten.mT.default)
+_RESHAPES = (
+    aten.view.default,
+    aten.reshape.default,
+    aten._unsafe_view.default,
+    aten.unsqueeze.default,
+    aten.squeeze.default,
+    aten.squeeze.dim,
+    aten.squeeze.dims,
+)
+_ALIASES = (aten.alias.default, aten.detach.default)
+# Larger numberings would cost more than a match is worth; such scales keep their copies.
+_MOST_SCALES = 1 << 24
+_PADDING = -1
+
+Uses = list[tuple[fx.Node, fx.Node]]
 
 
-def column_copies(uses: list[tuple[fx.Node, fx.Node]], groups: int) -> tuple[fx.Node, ...]:
-    """The contiguous copies of ``scale.transpose(-1, -2)``, if those are all that is read of the scales; else none.
+def stored_copies(uses: Uses, rows: Any, groups: int) -> tuple[ScaleLayout, tuple[fx.Node, ...]]:
+    """The copies of the scales in another layout, if those are all that is read of them; else ROW and none.
 
-    ``uses`` are the (presentation, user) pairs of the scales outside their quantizer; a presentation is (…, R, groups).
+    ``uses`` are the (presentation, user) pairs of the scales outside their quantizer. The scales are matrices of ``rows``.
     """
+    copies = column_copies(uses, rows, groups)
+    if copies:
+        return ScaleLayout.COLUMN, copies
+    with real_tensors():
+        return _by_numbers(uses, rows, groups)
+
+
+def _by_numbers(uses: Uses, rows: Any, groups: int) -> tuple[ScaleLayout, tuple[fx.Node, ...]]:
+    numberings = [_numbered(presentation, user) for presentation, user in uses]
+    stored: list[fx.Node] = []
+    found: set[ScaleLayout | None] = set()
+    for numbering in numberings:
+        if numbering is None:
+            return ScaleLayout.ROW, ()
+        copy, numbers = numbering
+        stored.append(copy)
+        found.add(_layout_of(numbers, rows, groups, packed=dtype(copy) is torch.int32))
+    layout = found.pop() if len(found) == 1 else None
+    return (ScaleLayout.ROW, ()) if layout is None else (layout, tuple(stored))
+
+
+def column_copies(uses: Uses, rows: Any, groups: int) -> tuple[fx.Node, ...]:
+    """The contiguous copies of ``scale.transpose(-1, -2)``, for any number of rows, symbolic ones too."""
     copies: list[fx.Node] = []
     for presentation, user in uses:
-        if not _swaps_last_two(user) or not same_size(shape(presentation)[-1], groups):
+        if not _swaps_last_two(user) or not same_shape(shape(presentation)[-2:], (rows, groups)):
             return ()
         if not user.users or not all(_is_contiguous_copy(copy) for copy in user.users):
             return ()
@@ -27,16 +74,80 @@ def column_copies(uses: list[tuple[fx.Node, fx.Node]], groups: int) -> tuple[fx.
     return tuple(copies)
 
 
+def _numbered(presentation: fx.Node, user: fx.Node) -> tuple[fx.Node, torch.Tensor] | None:
+    """The copy that user leads to, and the numbers of the scales in its storage; None if it leads elsewhere."""
+    sizes = shape(presentation)
+    if not all(isinstance(s, int) for s in sizes) or math.prod(sizes) > _MOST_SCALES:
+        return None
+    # Bytes that become words keep their number in a dim of their own.
+    numbers = torch.arange(math.prod(sizes), dtype=torch.int32, device="cpu").view(*sizes, 1)
+    node = user
+    while not _is_contiguous_copy(node):
+        moved = _moved(node, numbers)
+        if moved is None or len(node.users) != 1:
+            return None
+        numbers, node = moved, next(iter(node.users))
+    return node, numbers
+
+
+def _moved(node: fx.Node, numbers: torch.Tensor) -> torch.Tensor | None:
+    """numbers after what node does to the scales, or None if it does something else."""
+    result, width = shape(node) if dtype(node) is not None else (), numbers.shape[-1]
+    if node.target in _ALIASES:
+        return numbers
+    if node.target in _RESHAPES:
+        return numbers.reshape(*result, width)
+    if node.target in _PERMUTES:
+        order = _order(node, len(result))
+        return None if order is None else numbers.permute(*order, len(result))
+    if node.target is aten.constant_pad_nd.default:
+        value = node.args[2] if len(node.args) > 2 else 0
+        pads: Any = node.args[1]
+        if value != 0 or min(pads) < 0:
+            return None
+        return torch.nn.functional.pad(numbers, (0, 0, *pads), value=_PADDING)
+    if node.target is aten.view.dtype and (dtype(node.args[0]), dtype(node)) == (torch.uint8, torch.int32):  # type: ignore[arg-type]
+        return numbers.reshape(*result, 4)
+    return None
+
+
+def _layout_of(numbers: torch.Tensor, rows: Any, groups: int, packed: bool) -> ScaleLayout | None:
+    """The layout that keeps the scales of one matrix where numbers has them."""
+    if not isinstance(rows, int) or int(numbers.max()) + 1 != rows * groups:
+        return None
+    for layout in ScaleLayout:
+        if layout is ScaleLayout.ROW or (layout is ScaleLayout.PACKED) is not packed:
+            continue
+        stored = math.prod(allocated(layout, rows, groups))
+        if stored != numbers.numel():
+            continue
+        m, g = torch.arange(rows, device="cpu")[:, None], torch.arange(groups, device="cpu")
+        expected = torch.full((stored,), _PADDING, dtype=torch.int32, device="cpu")
+        expected[address(layout, m, g, rows, groups).flatten()] = torch.arange(
+            rows * groups, dtype=torch.int32, device="cpu"
+        )
+        if torch.equal(numbers.flatten(), expected):
+            return layout
+    return None
+
+
+def _order(node: fx.Node, rank: int) -> list[int] | None:
+    if node.target is aten.permute.default:
+        dims: Any = node.args[1]
+        return [d % rank for d in dims]
+    order = list(range(rank))
+    first, second = (
+        (int(d) % rank for d in node.args[1:3]) if node.target is aten.transpose.int else (rank - 2, rank - 1)
+    )  # type: ignore[arg-type]
+    order[first], order[second] = order[second], order[first]
+    return order
+
+
 def _swaps_last_two(node: fx.Node) -> bool:
     if node.target not in _PERMUTES:
         return False
     rank = len(shape(node))
-    if node.target is aten.permute.default:
-        dims: Any = node.args[1]
-        return rank >= 2 and [d % rank for d in dims] == [*range(rank - 2), rank - 1, rank - 2]
-    if node.target is aten.transpose.int:
-        return {int(d) % rank for d in node.args[1:3]} == {rank - 1, rank - 2}  # type: ignore[arg-type]
-    return rank == 2
+    return rank >= 2 and _order(node, rank) == [*range(rank - 2), rank - 1, rank - 2]
 
 
 def _is_contiguous_copy(node: fx.Node) -> bool:

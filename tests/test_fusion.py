@@ -174,6 +174,20 @@ def ue8m0(x):
     return (grouped * (1.0 / scale.unsqueeze(-1))).to(spelled.E4M3).flatten(-2), scale
 
 
+@pytest.mark.parametrize("rows", [6, 3])
+def test_scales_are_transposed_as_one_matrix_or_several(rows, device):
+    """x and its scales need not be matrices of the same rows."""
+
+    def fn(x):
+        codes, scale = spelled.per_group(x, 64)
+        return codes, scale.view(-1, rows, 4).transpose(-1, -2).contiguous()
+
+    for shape in ((2, 3, 256), (6, 256)):
+        report, result = fuse(fn, torch.randn(shape, device=device).to(BF16))
+        assert result.equal, result
+        assert len(report.fused) == 1
+
+
 SPELLINGS = {
     "gemma_rms_norm_per_token": lambda x, r, w: spelled.per_token(gemma(x, w)),
     "add_gemma_rms_norm_per_group_128": lambda x, r, w: (*spelled.per_group(gemma(x + r, w)), x + r),

@@ -62,7 +62,7 @@ quantizers = st.builds(
 )
 
 
-@given(st.builds(FusedSpec, prologues, quantizers, st.sampled_from(ScaleLayout)))
+@given(st.builds(FusedSpec, prologues, quantizers, st.sampled_from([s for s in ScaleLayout if s.value != "packed"])))
 def test_text_round_trip(spec):
     assert decode(spec.encode()) == spec
 

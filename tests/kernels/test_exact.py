@@ -86,7 +86,7 @@ def check(spec, shape, dtype, device):
 @pytest.mark.parametrize("dtype", [BF16, F16, F32], ids=str)
 def test_kernels_equal_the_reference(prologue, group, dtype, device):
     quantizer = Quantizer.dynamic(group=group, amax_floor=1e-10, scale_rule=native(device)[0])
-    layouts = [ScaleLayout.ROW] if group is None else list(ScaleLayout)
+    layouts = [ScaleLayout.ROW] if group is None else [ScaleLayout.ROW, ScaleLayout.COLUMN]
     for layout, shape in itertools.product(layouts, SHAPES):
         check(FusedSpec(prologues(device, dtype)[prologue], quantizer, layout), shape, dtype, device)
 
@@ -161,6 +161,22 @@ def test_quantizer_fields(quantizer, device):
     check(FusedSpec(GatedActivation(activated=BF16, product=BF16), quantizer), (5, 384), BF16, device)
     norm = RMSNorm(1e-6, mean=native(device)[1], normalized=BF16, product=BF16)
     check(FusedSpec(norm, quantizer, value_output=BF16), (2, 3, 384), BF16, device)
+
+
+BYTES = dataclasses.replace(
+    Quantizer.dynamic(group=32, amax_floor=1e-10, power_of_two=PowerOfTwo.CEIL_BITS),
+    scale=parse("u8(shr(bits((max(amax, 1e-10) / 448.0)), 23))"),
+    scale_dtype=torch.uint8,
+)
+
+
+@pytest.mark.parametrize("layout", ScaleLayout)
+@pytest.mark.parametrize("shape", [(1, 32), (5, 160), (7, 96), (3, 13, 288), (2, 129, 64)], ids=str)
+@pytest.mark.parametrize("quantizer", [Quantizer.dynamic(group=32, amax_floor=1e-10), BYTES], ids=["f32", "bytes"])
+def test_layouts(layout, shape, quantizer, device):
+    if layout is ScaleLayout.PACKED and quantizer is not BYTES:
+        return
+    check(FusedSpec(NoPrologue(), quantizer, layout), shape, BF16, device)
 
 
 @pytest.mark.parametrize("prologue", ["add norm", "add norm, sum unrounded", "norm", "silu"])

@@ -133,9 +133,8 @@ def transposed_view(x):
 
 @positive(
     f"{VLLM}/utils/fp8_utils.py: a scale buffer allocated by columns and filled",
-    "quant_per_group_128_column",
+    "quant_per_group_128",
     inputs=spread(),
-    status="soon",
 )
 def filled_buffer(x):
     codes, scales = per_group_128(x)
@@ -150,7 +149,7 @@ def _tma_aligned(scales):
     return padded.t().contiguous().t()[:rows, :groups]
 
 
-@positive(f"{LAYOUT} get_mn_major_tma_aligned_tensor", "quant_per_group_128_tma", inputs=spread(), status="later")
+@positive(f"{LAYOUT} get_mn_major_tma_aligned_tensor", "quant_per_group_128_tma", inputs=spread())
 def tma_aligned(x):
     codes, scales = per_group_128(x)
     return codes, _tma_aligned(scales)
@@ -160,7 +159,6 @@ def tma_aligned(x):
     "alibaba/rtp-llm rtp_llm silu_and_mul_contiguous_fp8_post_quant",
     "silu_mul_per_group_128_ue8m0_tma",
     inputs=halves(),
-    status="later",
 )
 def up_gate_tma_aligned(x):
     up, gate = x.float().chunk(2, -1)
@@ -170,16 +168,22 @@ def up_gate_tma_aligned(x):
 
 @positive(
     f"{LAYOUT} get_mn_major_tma_aligned_packed_ue8m0_tensor",
-    "quant_per_group_64_ue8m0_packed",
-    inputs=spread(),
-    status="later",
+    "quant_per_group_64_ue8m0_bytes_packed",
+    inputs=spread(shape=(6, 1024)),
+)
+@positive(
+    f"{LAYOUT} get_mn_major_tma_aligned_packed_ue8m0_tensor, groups that fill no word",
+    "quant_per_group_64_ue8m0_bytes_packed",
+    inputs=spread(shape=(8, 384)),
 )
 def packed(x):
     grouped = x.float().unflatten(-1, (-1, 64))
     scales = torch.exp2(torch.ceil(torch.log2(grouped.abs().amax(-1).clamp(1e-4) / 448.0)))
     codes = (grouped * (1.0 / scales.unsqueeze(2))).to(E4M3).flatten(-2)
-    bits = (scales.view(torch.int32) >> 23).to(torch.uint8).contiguous().view(torch.int32)
-    return codes, bits.t().contiguous().t()
+    rows, groups = scales.shape
+    exponents = (scales.view(torch.int32) >> 23).to(torch.uint8)
+    words = F.pad(exponents, (0, -groups % 4, 0, -rows % 4)).view(torch.int32)
+    return codes, words.t().contiguous().t()[:rows]
 
 
 @positive(
@@ -196,7 +200,6 @@ def exponent_bytes(x):
     "pytorch/ao torchao/prototype/mx_formats/utils.py to_blocked",
     "quant_per_group_32_blocked",
     inputs=spread(shape=(128, 256)),
-    status="later",
 )
 def blocked(x):
     grouped = x.float().unflatten(-1, (-1, 32))
@@ -210,7 +213,6 @@ def blocked(x):
     "ROCm/aiter aiter/utility/fp4_utils.py e8m0_shuffle's order",
     "quant_per_group_32_shuffled",
     inputs=spread(shape=(32, 256)),
-    status="later",
 )
 def shuffled(x):
     grouped = x.float().unflatten(-1, (-1, 32))
