@@ -13,7 +13,7 @@ import torch
 from torch import fx
 
 from . import inductor
-from .kernels.launch import launch, written
+from .kernels.launch import finish, launch_into_buffers, written
 from .patterns.values import aten, prims, tensor
 from .sites import FusedSite
 from .specs import FusedSpec
@@ -67,7 +67,10 @@ def _trace(graph: fx.Graph, spec: FusedSpec, inputs: Sequence[fx.Node | None]) -
         x, *others, given = [None if n is None else next(remaining) for n in inputs]
         assert x is not None
         other, weight = (*others, None, None)[:2]
-        return inductor.functional_launch(lambda wrap: launch(spec, x, other, weight, given, wrap=wrap), written)
+        buffers = inductor.functional_launch(
+            lambda wrap: launch_into_buffers(spec, x, other, weight, given, wrap), written
+        )
+        return finish(spec, buffers)
 
     with inductor.fake_mode_of(graph):
         module = make_fx(run)(*values)

@@ -65,7 +65,8 @@ def _check_presence(op: str, spec: FusedSpec, operands: _Operands) -> None:
         raise ValueError(f"spec has prologue {type(prologue).__name__}; allowed for {op}: {_PROLOGUES[op].__name__}")
     optional = {"given": (operands.given, spec.quantizer.needs_given)}
     if isinstance(prologue, RMSNorm):
-        optional["residual"] = operands.other, prologue.residual_sum is not None
+        gated = prologue.gate is not None
+        optional["gate" if gated else "residual"] = operands.other, gated or prologue.residual_sum is not None
         optional["weight"] = operands.weight, prologue.weight is not Weight.NONE
     if isinstance(prologue, GatedActivation):
         optional["up"] = operands.other, prologue.gated

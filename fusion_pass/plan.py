@@ -199,6 +199,8 @@ class _Planner:
             return self._input(prologue.gate, wanted), up, None, None
         wanted = shape(prologue.x)
         weight = None if prologue.weight is None else self._input(prologue.weight, (prologue.size,))
+        if prologue.gate is not None:
+            return self._input(prologue.x, wanted), self._input(prologue.gate, wanted), weight, None
         if prologue.residual is None or prologue.sum is None:
             return self._input(prologue.x, wanted), None, weight, None
         if prologue.sum in self.produced:

@@ -139,6 +139,8 @@ def prologue_name(prologue: Prologue) -> str:
         return f"{limited}{names.get(prologue.activation, prologue.activation.value)}{'_mul' if prologue.gated else ''}"
     assert isinstance(prologue, RMSNorm)
     norm = "gemma_rms_norm" if prologue.weight is Weight.ONE_PLUS else "rms_norm"
+    if prologue.gate is not None:
+        return f"gated_{norm}"
     return norm if prologue.residual_sum is None else f"add_{norm}"
 
 

@@ -23,6 +23,7 @@ DTYPE_NAMES: dict[torch.dtype, str] = {
     torch.bfloat16: "bf16",
     torch.float16: "f16",
     torch.float8_e4m3fn: "e4m3fn",
+    torch.float8_e4m3fnuz: "e4m3fnuz",
     torch.float8_e5m2: "e5m2",
     torch.int8: "int8",
     torch.uint8: "uint8",
@@ -30,7 +31,7 @@ DTYPE_NAMES: dict[torch.dtype, str] = {
 _DTYPES = {name: dtype for dtype, name in DTYPE_NAMES.items()}
 
 ROUNDING_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-CODE_DTYPES = (torch.float8_e4m3fn, torch.float8_e5m2, torch.int8)
+CODE_DTYPES = (torch.float8_e4m3fn, torch.float8_e4m3fnuz, torch.float8_e5m2, torch.int8)
 
 
 class Weight(enum.Enum):
@@ -163,6 +164,9 @@ class RMSNorm:
         residual_sum: None without a residual; else the dtype to which x + residual is rounded before the norm reads it
             (float32: the norm reads the unrounded sum).
         root: how x is divided by the root mean square.
+        root_rounding: dtype to which the root or its inverse is rounded (float32: not rounded).
+        gate: None, or the function of a gate with which the product is multiplied in f32; there is no residual then.
+        gated: dtype to which that is rounded (float32: not rounded).
     """
 
     eps: float
@@ -172,9 +176,16 @@ class RMSNorm:
     product: torch.dtype = torch.float32
     residual_sum: torch.dtype | None = None
     root: Root = Root.RSQRT
+    root_rounding: torch.dtype = torch.float32
+    gate: Activation | None = None
+    gated: torch.dtype = torch.float32
 
     def __post_init__(self) -> None:
         _require(math.isfinite(self.eps), "eps", self.eps, "a finite number")
+        _require_rounding("root_rounding", self.root_rounding)
+        _require_rounding("gated", self.gated)
+        _require(self.gate in (None, Activation.SILU, Activation.SIGMOID), "gate", self.gate, "None, silu or sigmoid")
+        _require(self.gate is None or self.residual_sum is None, "gate", self.gate, "None with a residual")
         _require_rounding("normalized", self.normalized)
         _require_rounding("product", self.product)
         if self.residual_sum is not None:
@@ -463,6 +474,7 @@ _ENUM_FIELDS: dict[str, type[enum.Enum]] = {
     "weight": Weight,
     "mean": Mean,
     "activation": Activation,
+    "gate": Activation,
     "granularity": Granularity,
     "root": Root,
     "rounding": Rounding,

@@ -255,6 +255,24 @@ def cast_overflowing(q, LARGEST: tl.constexpr, OVERFLOW: tl.constexpr, dtype: tl
 
 
 @triton.jit
+def cast_fnuz(q, OVERFLOW: tl.constexpr):
+    """The codes of q in e4m3fnuz, which not every Triton backend knows, as bytes.
+
+    They are e4m3fn codes of 2q, but for magnitudes that only e4m3fnuz has, its only zero, and its only NaN, 0x80.
+    """
+    doubled = q * 2.0
+    magnitude = tl.abs(doubled)
+    bits = cast(tl.minimum(magnitude, 448.0), tl.float8e4nv).to(tl.uint8, bitcast=True).to(tl.int32)
+    # 480 = 2 * 240 lies beyond e4m3fn's largest code; the tie between them goes to the even one below.
+    bits = tl.where(magnitude > 464.0, 0x7F, bits)
+    if OVERFLOW is not None:
+        bits = tl.where(magnitude >= 496.0, OVERFLOW, bits)
+    sign = (q.to(tl.int32, bitcast=True) >> 24) & 0x80
+    signed = tl.where(bits == 0, 0, sign | bits)
+    return tl.where((q != q) | (bits == 0x80), 0x80, signed).to(tl.uint8)
+
+
+@triton.jit
 def codes(
     y,
     factor,
@@ -284,7 +302,9 @@ def codes(
         q = tl.where(q == 0.0, 0.0, q)
     if CLAMP is not None:
         q = tl.clamp(q, CLAMP_LOW, CLAMP, propagate_nan=tl.PropagateNan.ALL)
-    if OVERFLOW is not None:
+    if dtype == tl.uint8:
+        code = cast_fnuz(q, OVERFLOW)
+    elif OVERFLOW is not None:
         code = cast_overflowing(q, LARGEST, OVERFLOW, dtype)
     else:
         code = cast(q, dtype)

@@ -42,6 +42,7 @@ def rms_norm(
     ROOT: tl.constexpr,
     ONE_PLUS: tl.constexpr,
     EPS: tl.constexpr,
+    ROOT_ROUNDING: tl.constexpr,
     INNER_ROUNDING: tl.constexpr,
     PRODUCT_ROUNDING: tl.constexpr,
 ):
@@ -58,7 +59,7 @@ def rms_norm(
         outputs = tl.full(squares.shape, M, tl.int64)
         mean = times(squares, tl.math.div_rn(outputs.to(tl.float32), (outputs * N).to(tl.float32)))
     if ROOT == "rsqrt":
-        x *= reciprocal_root(mean + EPS)
+        x *= round_to(reciprocal_root(mean + EPS), ROOT_ROUNDING)
     elif ROOT == "reciprocal_sqrt":
         x *= tl.math.div_rn(tl.full(mean.shape, 1.0, tl.float32), root(mean + EPS))
     else:
@@ -161,6 +162,9 @@ def fused_quant_kernel(
     MEAN: tl.constexpr,
     ROOT: tl.constexpr,
     ONE_PLUS: tl.constexpr,
+    ROOT_ROUNDING: tl.constexpr,
+    GATE: tl.constexpr,
+    GATED_ROUNDING: tl.constexpr,
     SUM_ROUNDING: tl.constexpr,
     INNER_ROUNDING: tl.constexpr,
     PRODUCT_ROUNDING: tl.constexpr,
@@ -202,7 +206,7 @@ def fused_quant_kernel(
 
     x = load(x_ptr, rows * x_stride + columns, mask)
     if PROLOGUE == "norm":
-        if other_ptr is not None:
+        if GATE is None and other_ptr is not None:
             x += load(other_ptr, rows * other_stride + columns, mask)
             if sum_ptr is not None:
                 tl.store(sum_ptr + out, cast(x, sum_ptr.dtype.element_ty), mask)
@@ -219,9 +223,17 @@ def fused_quant_kernel(
             ROOT,
             ONE_PLUS,
             EPS,
+            ROOT_ROUNDING,
             INNER_ROUNDING,
             PRODUCT_ROUNDING,
         )
+        if GATE is not None:
+            gate = load(other_ptr, rows * other_stride + columns, mask)
+            if GATE == "silu":
+                gate = silu(gate)
+            else:
+                gate = sigmoid(gate)
+            x = round_to(times(x, gate), GATED_ROUNDING)
     if PROLOGUE == "gated":
         up = None
         if other_ptr is not None:

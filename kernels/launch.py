@@ -34,7 +34,7 @@ _TILE_VALUES = 1024
 _LONGEST_ROW = 65536
 _FEW_VALUES = 1 << 20
 # The largest magnitude that rounds to a finite code: beyond it, eager code's cast overflows or saturates.
-_LARGEST = {torch.float8_e4m3fn: 464.0, torch.float8_e5m2: 61439.99609375}
+_LARGEST = {torch.float8_e4m3fn: 464.0, torch.float8_e4m3fnuz: 247.99998474121094, torch.float8_e5m2: 61439.99609375}
 
 
 @dataclass(frozen=True)
@@ -108,25 +108,35 @@ def launch(
     other: torch.Tensor | None = None,
     weight: torch.Tensor | None = None,
     given: torch.Tensor | None = None,
-    wrap: Callable[[Any], Any] = lambda kernel: kernel,
 ) -> list[torch.Tensor]:
     """Run the fused kernel of ``spec``.
 
     Args:
         x: (..., N) float32, bfloat16 or float16; leading dims that collapse to one stride are not copied.
-        other: as x: the residual of a norm, or the up half of a gated activation.
+        other: as x: the residual or the gate of a norm, or the up half of a gated activation.
         weight: (N,) float.
         given: one float, the calibrated scale that the quantizer's terms read.
-        wrap: applied to the kernel before it is launched; lowering records the launch this way.
 
     Returns:
         codes (..., N); the scale if the spec returns one: (..., N // group), as its layout stores it, or (1,) for a whole
         tensor; then the residual sum and the prologue's value if the spec asks for them. All contiguous.
     """
+    return finish(spec, launch_into_buffers(spec, x, other, weight, given))
+
+
+def launch_into_buffers(
+    spec: FusedSpec,
+    x: torch.Tensor,
+    other: torch.Tensor | None = None,
+    weight: torch.Tensor | None = None,
+    given: torch.Tensor | None = None,
+    wrap: Callable[[Any], Any] = lambda kernel: kernel,
+) -> list[torch.Tensor]:
+    """As :func:`launch`, returning the buffers it allocated; ``wrap`` is applied to a kernel before each launch."""
     row = x.shape[-1]
     x, x_stride = _rows(x)
     other, other_stride = (None, None) if other is None else _rows(other)
-    outputs = allocate(spec, x)
+    outputs = _buffers(spec, x)
     named = dict(zip(output_names(spec), outputs, strict=True))
     count = x.numel() // row
     group = group_length(spec, row)
@@ -197,6 +207,20 @@ def allocate(spec: FusedSpec, x: torch.Tensor) -> list[torch.Tensor]:
     return outputs + [torch.empty(x.shape, dtype=dtype, device=x.device) for dtype in extras]
 
 
+def _buffers(spec: FusedSpec, x: torch.Tensor) -> list[torch.Tensor]:
+    """What kernels write: the outputs, but for codes of a dtype that Triton does not know everywhere as bytes."""
+    codes, *others = allocate(spec, x)
+    if codes.dtype is torch.float8_e4m3fnuz:
+        codes = torch.empty(codes.shape, dtype=torch.uint8, device=codes.device)
+    return [codes, *others]
+
+
+def finish(spec: FusedSpec, buffers: list[torch.Tensor]) -> list[torch.Tensor]:
+    """The outputs, of the buffers that kernels wrote."""
+    codes, *others = buffers
+    return [codes if codes.dtype is spec.quantizer.code else codes.view(spec.quantizer.code), *others]
+
+
 def _rows(x: torch.Tensor) -> tuple[torch.Tensor, int]:
     """x, and the distance of its rows in values; a copy of x if its rows are not evenly spaced or not contiguous.
 
@@ -212,7 +236,8 @@ def _rows(x: torch.Tensor) -> tuple[torch.Tensor, int]:
 
 def _cast_clamps(quantizer: Quantizer) -> bool:
     """Whether the device's cast clamps to the bounds by itself; the interpreter's cast is PyTorch's, which may not."""
-    if INTERPRETED or quantizer.code is torch.int8 or quantizer.clamp_low is not None:
+    emulated = quantizer.code in (torch.int8, torch.float8_e4m3fnuz)
+    if INTERPRETED or emulated or quantizer.clamp_low is not None:
         return False
     return quantizer.clamp == torch.finfo(quantizer.code).max
 
@@ -253,6 +278,9 @@ def constants(spec: FusedSpec) -> dict[str, Any]:
         "MEAN": "divide",
         "ROOT": "rsqrt",
         "ONE_PLUS": False,
+        "ROOT_ROUNDING": "f32",
+        "GATE": None,
+        "GATED_ROUNDING": "f32",
         "SUM_ROUNDING": "f32",
         "INNER_ROUNDING": "f32",
         "PRODUCT_ROUNDING": "f32",
@@ -269,6 +297,9 @@ def constants(spec: FusedSpec) -> dict[str, Any]:
             "MEAN": prologue.mean.value,
             "ROOT": prologue.root.value,
             "ONE_PLUS": prologue.weight is Weight.ONE_PLUS,
+            "ROOT_ROUNDING": DTYPE_NAMES[prologue.root_rounding],
+            "GATE": None if prologue.gate is None else prologue.gate.value,
+            "GATED_ROUNDING": DTYPE_NAMES[prologue.gated],
             "SUM_ROUNDING": DTYPE_NAMES[prologue.residual_sum or torch.float32],
             "INNER_ROUNDING": DTYPE_NAMES[prologue.normalized],
             "PRODUCT_ROUNDING": DTYPE_NAMES[prologue.product],

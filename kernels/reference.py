@@ -38,7 +38,11 @@ def reference(
     """Shapes, dtypes and order of the results as :func:`fusion_pass.kernels.launch.launch` returns them."""
     value, total = x.float(), None
     if isinstance(spec.prologue, RMSNorm):
-        value, total = _rms_norm(spec.prologue, value, other, weight)
+        residual = None if spec.prologue.gate is not None else other
+        value, total = _rms_norm(spec.prologue, value, residual, weight)
+        if spec.prologue.gate is not None:
+            assert other is not None
+            value = _round(value * _ACTIVATIONS[spec.prologue.gate](other.float()), spec.prologue.gated)
     elif isinstance(spec.prologue, GatedActivation):
         value = _gated(spec.prologue, value, None if other is None else other.float())
     outputs = _quantize(spec.quantizer, value, given)
@@ -71,7 +75,7 @@ def _rms_norm(
         squares = x.square().sum(-1, keepdim=True)
         count = torch.full_like(squares, x.shape[-1])
         mean = squares / count if norm.mean is Mean.DIVIDE else squares * count.reciprocal()
-    normalized = _round(_over_root(norm.root, x, mean + norm.eps), norm.normalized)
+    normalized = _round(_over_root(norm, x, mean + norm.eps), norm.normalized)
     if weight is not None:
         factor = weight.float() + 1 if norm.weight is Weight.ONE_PLUS else weight.float()
         normalized = normalized * factor
@@ -114,10 +118,10 @@ def _gated(spec: GatedActivation, gate: torch.Tensor, up: torch.Tensor | None) -
     return _round(_round(active, spec.activated) * up, spec.product)
 
 
-def _over_root(root: Root, x: torch.Tensor, variance: torch.Tensor) -> torch.Tensor:
-    if root is Root.RSQRT:
-        return x * variance.rsqrt()
-    if root is Root.RECIPROCAL_SQRT:
+def _over_root(norm: RMSNorm, x: torch.Tensor, variance: torch.Tensor) -> torch.Tensor:
+    if norm.root is Root.RSQRT:
+        return x * _round(variance.rsqrt(), norm.root_rounding)
+    if norm.root is Root.RECIPROCAL_SQRT:
         return x * variance.sqrt().reciprocal()
     return x / variance.sqrt()
 

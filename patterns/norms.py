@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import fx
 
-from fusion_pass.specs import Mean, RMSNorm, Root, Weight
+from fusion_pass.specs import Activation, Mean, RMSNorm, Root, Weight
 
 from .grammar import (
     ADD,
@@ -26,6 +26,7 @@ from .grammar import (
     op,
     per_column,
     per_row,
+    quiet,
     reduce_rows,
     tagged,
     value,
@@ -40,9 +41,11 @@ _mean_square = either(
 )
 _variance = op(ADD, _mean_square, number("eps"), commutative=True)
 _root = op(SQRT, _variance)
+_rsqrt = (aten.rsqrt.default,)
+_rounded_rsqrt = op(_rsqrt, _variance, rounding="root_rounding")
 _inverse_rms = either(
     # ATen computes pow(x, -0.5) as rsqrt(x).
-    tagged("root", Root.RSQRT, either(op((aten.rsqrt.default,), _variance), op(POW, _variance, equal(-0.5)))),
+    tagged("root", Root.RSQRT, either(_rounded_rsqrt, op(POW, _variance, equal(-0.5), rounding="root_rounding"))),
     tagged("root", Root.RECIPROCAL_SQRT, inverse(_root)),
 )
 
@@ -65,6 +68,15 @@ rms_norm = either(
     _normalized("product"),
 )
 
+_gate = value("gate")
+_one_plus_exp = op(ADD, op((aten.exp.default,), op((aten.neg.default,), _gate)), equal(1), commutative=True)
+_gating = either(
+    tagged("gate_rule", Activation.SILU, op(DIV, _gate, _one_plus_exp)),
+    tagged("gate_rule", Activation.SIGMOID, op((aten.sigmoid.default,), _gate)),
+)
+# Mamba-2 and its kin multiply the normed value with the activation of a gate.
+gated_norm = op(MUL, rms_norm, _gating, rounding="gated", commutative=True, shapes=elementwise)
+
 residual_sum = op(ADD, value("a"), value("b"), rounding="sum_rounding", shapes=elementwise)
 
 
@@ -75,6 +87,7 @@ class NormSite:
     spec: RMSNorm
     x: fx.Node
     residual: fx.Node | None
+    gate: fx.Node | None
     weight: fx.Node | None
     sum: fx.Node | None
     size: int
@@ -83,7 +96,7 @@ class NormSite:
 
 def recognise_norm(node: fx.Node, search: Search, device_type: str) -> NormSite | None:
     """The RMSNorm whose result node is, or None with the reason in ``search.failure``."""
-    for match in rms_norm(node, Match(), search):
+    for match in either(rms_norm, quiet(gated_norm))(node, Match(), search):
         site = _describe(match, search, device_type)
         if site is not None:
             return site
@@ -111,14 +124,17 @@ def _describe(match: Match, search: Search, device_type: str) -> NormSite | None
         normalized=match.get("normalized", torch.float32),
         product=match["product"],
         root=match["root"],
+        root_rounding=match.get("root_rounding", torch.float32),
+        gate=match.get("gate_rule"),
+        gated=match.get("gated", torch.float32),
     )
     x = match["x_used"]
-    added = _residual(x, match, search)
+    added = _residual(x, match, search) if norm.gate is None else None
     if added is None:
-        return NormSite(norm, x, None, match.get("weight_used"), None, size, match.nodes)
+        return NormSite(norm, x, None, match.get("gate_used"), match.get("weight_used"), None, size, match.nodes)
     spec = RMSNorm(**{**vars(norm), "residual_sum": added["sum_rounding"]})
     nodes = (*match.nodes, *added.nodes)
-    return NormSite(spec, added["a_used"], added["b_used"], match.get("weight_used"), match["x"], size, nodes)
+    return NormSite(spec, added["a_used"], added["b_used"], None, match.get("weight_used"), match["x"], size, nodes)
 
 
 def _residual(x: fx.Node, match: Match, search: Search) -> Match | None:

@@ -51,6 +51,8 @@ def prologues(device, dtype):
         "add norm, sum unrounded": RMSNorm(1e-6, mean=mean, product=dtype, residual_sum=F32),
         "one plus weight": RMSNorm(1e-6, weight=Weight.ONE_PLUS, mean=mean, product=dtype),
         "1 / sqrt": RMSNorm(1e-6, mean=mean, product=dtype, root=Root.RECIPROCAL_SQRT),
+        "rounded root": RMSNorm(1e-6, mean=mean, product=dtype, root_rounding=dtype),
+        "gated": RMSNorm(1e-6, mean=mean, normalized=dtype, product=dtype, gate=Activation.SILU, gated=dtype),
         "x / sqrt": RMSNorm(1e-6, mean=Mean.SCALAR, normalized=dtype, product=dtype, root=Root.DIVIDE_SQRT),
         "silu": GatedActivation(activated=dtype, product=dtype),
         "unrounded silu": GatedActivation(),
@@ -72,7 +74,9 @@ def check(spec, shape, dtype, device):
     weight = torch.randn(shape[-1], device=device).to(dtype)
     if isinstance(spec.prologue, GatedActivation) and not spec.prologue.gated:
         other = None
-    if isinstance(spec.prologue, NoPrologue) or (exact and spec.prologue.residual_sum is None):
+    if isinstance(spec.prologue, NoPrologue) or (
+        exact and spec.prologue.residual_sum is None and spec.prologue.gate is None
+    ):
         other = None
     if not exact or spec.prologue.weight is Weight.NONE:
         weight = None
@@ -121,6 +125,9 @@ def test_kernels_equal_the_reference(prologue, group, dtype, device):
             clamp_low=-128.0,
         ),
         Quantizer.dynamic(divisor=2000.0, clamp=None, group=64),
+        Quantizer.dynamic(torch.float8_e4m3fnuz, 240.0, 64, clamp=240.0),
+        Quantizer.dynamic(torch.float8_e4m3fnuz, 224.0, clamp=224.0, amax_floor=1e-10),
+        Quantizer.dynamic(torch.float8_e4m3fnuz, 300.0, clamp=None),
         Quantizer.dynamic(group=64, amax_floor=1e-4, amax_ceiling=1.5, scale_rule=ScaleRule.DIVIDE),
         Quantizer.dynamic(group=64, amax_floor=1e-4, power_of_two=PowerOfTwo.CEIL_BITS),
         Quantizer.dynamic(zero_scale=1.0, scale_dtype=BF16),
@@ -213,10 +220,10 @@ def test_special_values(dtype, floor, group, device):
         assert result.equal, f"{spec}: {result}"
 
 
-@pytest.mark.parametrize("code", [torch.float8_e4m3fn, torch.float8_e5m2], ids=str)
+@pytest.mark.parametrize("code", [torch.float8_e4m3fn, torch.float8_e4m3fnuz, torch.float8_e5m2], ids=str)
 def test_an_unclamped_cast_overflows_as_eager_code_does(code, device):
     """Scale 1, so that the values are the quotients: every rounding boundary near the largest code, and far beyond it."""
-    largest = {torch.float8_e4m3fn: 464.0, torch.float8_e5m2: 61440.0}[code]
+    largest = {torch.float8_e4m3fn: 464.0, torch.float8_e4m3fnuz: 248.0, torch.float8_e5m2: 61440.0}[code]
     near = torch.tensor(largest, device=device).view(torch.int32) + torch.arange(-60, 60, device=device)
     x = torch.zeros(2, 128, device=device)
     x[0, :120], x[1, :120] = near.to(torch.int32).view(F32), -near.to(torch.int32).view(F32)

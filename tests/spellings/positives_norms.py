@@ -252,7 +252,6 @@ def centered_in_bfloat16(x, weight):
     "rms_norm_per_token",
     inputs=weightless(),
     then=per_token,
-    status="later",
 )
 def rounded_root(x):
     return x * torch.rsqrt(x.float().square().mean(-1, keepdim=True) + 1e-6).to(x.dtype)
@@ -274,7 +273,6 @@ def imagegpt(x, weight):
     "gated_rms_norm_per_token",
     inputs=normed(tensors=2),
     then=per_token,
-    status="later",
 )
 def qwen3_next_gated(x, gate, weight):
     dtype = x.dtype

@@ -124,7 +124,9 @@ def native_group_e5m2(x):
 
 
 @positive(
-    f"{SGLANG_FP8} native_per_token_group_quant_fp8 on gfx94x", "quant_per_group_128", inputs=spread(), status="later"
+    f"{SGLANG_FP8} native_per_token_group_quant_fp8 on gfx94x",
+    "quant_per_group_128",
+    inputs=spread(),
 )
 def native_group_fnuz(x):
     return _native_group(x, 128, 224.0, FNUZ)
