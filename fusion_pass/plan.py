@@ -18,8 +18,16 @@ from .patterns.activations import ActivationSite, recognise_activation
 from .patterns.grammar import Failure, Search, describe
 from .patterns.layouts import column_copies
 from .patterns.norms import NormSite, recognise_norm
+from .patterns.opaque import (
+    OpQuantizer,
+    PackedActivation,
+    mismatch,
+    quantizes,
+    recognise_op,
+    recognise_quantizer_op,
+)
 from .patterns.quantizers import QuantizerSite, quantizing_cast, recognise_quantizer
-from .patterns.values import FLOATS, Values, cast_dtype, dtype, same_shape, shape, tensor
+from .patterns.values import FLOATS, Values, cast_dtype, dtype, same_shape, same_size, shape, tensor
 from .sites import FusedSite, Miss, Report, location
 from .specs import FusedSpec, NoPrologue, ScaleLayout
 
@@ -46,7 +54,7 @@ class _Planner:
         self.devices = devices
         self.report = Report()
         # Most graphs quantize nothing: number their values only if they do.
-        self.casts = [n for n in graph.nodes if quantizing_cast(n) and self._on_device(n)]
+        self.casts = [n for n in graph.nodes if (quantizing_cast(n) or quantizes(n)) and self._on_device(n)]
         self.order: dict[fx.Node, int] = {}
         self.produced: set[fx.Node] = set()
 
@@ -55,7 +63,11 @@ class _Planner:
         return value is not None and value.device.type in self.devices
 
     def run(self) -> Report:
-        self.report.eligible = len(self.casts)
+        # A quantizer that is one op already is eligible if something fuses into it: _plan_group counts it then.
+        self.report.eligible = sum(map(quantizing_cast, self.casts))
+        for node in self.graph.nodes:
+            if (reason := mismatch(node)) is not None:
+                self._refuse("op", reason, node)
         if self.casts:
             self.values = Values(self.graph)
             self.order = {node: i for i, node in enumerate(self.graph.nodes)}
@@ -82,6 +94,11 @@ class _Planner:
 
     def _quantizer(self, cast: fx.Node) -> QuantizerSite | None:
         search = Search(self.values)
+        if quantizes(cast):
+            found = recognise_quantizer_op(cast, search)
+            if found is None:
+                self._miss("op", search.failure, cast)
+            return found
         site = recognise_quantizer(cast, search, _device(cast))
         if site is None:
             self._miss("quantizer", search.failure, cast)
@@ -102,26 +119,31 @@ class _Planner:
             if prologue is not None:
                 site = self._with_prologue(prologue, value, quantizer, claimed, alone=len(group.quantizers) == 1)
                 prologue = None
-            site = site or self._bare(value, quantizer)
+            # An op quantizes in one kernel already: worth replacing only together with what it reads.
+            if site is None and not isinstance(quantizer, OpQuantizer):
+                site = self._bare(value, quantizer)
+            if site is not None:
+                site = self._with_layout(site, claimed | {self.values.core(n) for n in site.nodes}, quantizer)
             if site is not None:
                 site.shared_by = served
-                site = self._with_layout(site, claimed | {self.values.core(n) for n in site.nodes})
                 site.location = location(*site.nodes[1:], site.codes)
                 sites.append(site)
+                self.report.eligible += served if isinstance(quantizer, OpQuantizer) else 0
         return sites
 
     def _prologue(self, value: fx.Node, group: _Group) -> NormSite | ActivationSite | None:
         """The norm or activation that computes value, if one does and every quantizer's rows divide its rows."""
         failures: list[Failure] = []
         for recognise in (
+            lambda search: recognise_op(value, search),
             lambda search: recognise_norm(value, search, _device(value)),
             lambda search: recognise_activation(value, search),
         ):
             search = Search(self.values)
-            site = recognise(search)
+            site: NormSite | ActivationSite | None = recognise(search)  # type: ignore[no-untyped-call]
             if site is not None:
                 if site.size % group.quantizers[0].group == 0:
-                    return site  # type: ignore[no-any-return]
+                    return site
                 self._refuse(
                     "prologue", f"groups of {group.quantizers[0].group} do not divide rows of {site.size}", value
                 )
@@ -170,6 +192,7 @@ class _Planner:
             sum=summed,
             value=value if value_needed else None,
             shape=shape(value),
+            halves=prologue.halves if isinstance(prologue, PackedActivation) else None,
         )
         if not _contiguous(*(v for v in (site.sum, site.value) if v is not None)):
             self._refuse("prologue", "the residual sum or the value is read elsewhere and is not contiguous", value)
@@ -185,14 +208,16 @@ class _Planner:
         self, prologue: NormSite | ActivationSite
     ) -> tuple[fx.Node, fx.Node | None, fx.Node | None, fx.Node | None]:
         """x, other and weight as the op reads them, and the sum it adds up, if it does."""
+        if isinstance(prologue, PackedActivation):
+            return prologue.gate, prologue.up, None, None
         if isinstance(prologue, ActivationSite):
             wanted = shape(prologue.gate)
             return self._input(prologue.gate, wanted), self._input(prologue.up, wanted), None, None
         wanted = shape(prologue.x)
         weight = None if prologue.weight is None else self._input(prologue.weight, (prologue.size,))
-        if prologue.residual is None or prologue.sum is None:
+        if prologue.residual is None:
             return self._input(prologue.x, wanted), None, weight, None
-        if prologue.sum in self.produced:
+        if prologue.sum is not None and prologue.sum in self.produced:
             # Another site already adds and returns this sum.
             return self._input(prologue.sum, wanted), None, weight, None
         return self._input(prologue.x, wanted), self._input(prologue.residual, wanted), weight, prologue.sum
@@ -223,22 +248,43 @@ class _Planner:
             shape=shape(x),
         )
 
-    def _with_layout(self, site: FusedSite, claimed: set[fx.Node]) -> FusedSite:
+    def _with_layout(self, site: FusedSite, claimed: set[fx.Node], quantizer: QuantizerSite) -> FusedSite | None:
+        """The site with the layout of its scales; None if it can have no other and cannot have that."""
         group = site.quantizer.group
-        if group is None:
-            return site
-        outside = self._outside_uses(site.scale, claimed)
-        copies = column_copies(outside, site.row // group)
-        if copies:
-            site.spec = dataclasses.replace(site.spec, layout=ScaleLayout.COLUMN)
-            site.scale_copies = copies
+        if isinstance(quantizer, OpQuantizer) and quantizer.rows is not None:
+            site.scale_strided = quantizer.strided
+            if self._in_columns(site, tuple(self.values.origins(site.scale)), quantizer.rows):
+                return site
+            self._refuse("op", "its column-major scales have other rows than its producer's input", site.codes)
+            return None
+        if group is not None:
+            copies = column_copies(self._outside_uses(site.scale, claimed), site.row // group)
+            if copies:
+                *batch, _, rows = shape(copies[0])
+                self._in_columns(site, copies, (*batch, rows))
         return site
+
+    def _in_columns(self, site: FusedSite, copies: tuple[fx.Node, ...], rows: tuple[Any, ...]) -> bool:
+        """Have the site write scales in columns of the given rows, if x can be presented with those rows."""
+        if not all(same_shape(shape(copy), shape(copies[0])) for copy in copies):
+            return False
+        has_rows = same_size(shape(site.x)[-1], site.row) and same_shape(shape(site.x)[:-1], rows)
+        if not has_rows and sum(isinstance(size, torch.SymInt) for size in rows) > 1:
+            return False
+        site.spec = dataclasses.replace(site.spec, layout=ScaleLayout.COLUMN)
+        site.scale_copies, site.scale_rows = copies, rows
+        return True
 
     def _sum_output(self, summed: fx.Node, claimed: set[fx.Node]) -> tuple[torch.dtype, fx.Node]:
         """The dtype in which the sum is read outside, and the value read: often only its rounding to bf16 is."""
         outside = {user for _, user in self._outside_uses(summed, claimed)}
         casts = {self.values.core(user) for user in outside if cast_dtype(user) in FLOATS}
-        if len(casts) == 1 and all(self.values.core(user) in casts for user in outside):
+        # A sum that the graph itself rounds to bf16 is bf16 before it is anything else.
+        if (
+            dtype(summed) is torch.float32
+            and len(casts) == 1
+            and all(self.values.core(user) in casts for user in outside)
+        ):
             cast = casts.pop()
             return dtype(cast), cast  # type: ignore[return-value]
         return dtype(summed), summed  # type: ignore[return-value]

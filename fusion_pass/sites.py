@@ -30,7 +30,10 @@ class FusedSite:
         spec: what the fused op computes.
         x, other, weight: the nodes it reads (other: the residual of a norm, or the up half of a gated activation).
         row: values per row of x.
+        halves: which half of each row of x is x and which is other, if one tensor holds both.
         codes, scale: the values it replaces; for a column layout ``scale_copies`` are the transposed copies it replaces.
+        scale_rows: the leading sizes of x whose last a column layout swaps with the groups, if it has one.
+        scale_strided: whether the copies are read as (M, G) with transposed strides.
         sum, value: the values of the residual sum and of the prologue, if the graph reads them elsewhere.
         nodes: the operations it stands for, the quantizing cast first.
         shared_by: how many quantizing casts of the graph this one op serves.
@@ -45,6 +48,9 @@ class FusedSite:
     scale: fx.Node
     nodes: tuple[fx.Node, ...]
     scale_copies: tuple[fx.Node, ...] = ()
+    scale_rows: tuple[Any, ...] | None = None
+    scale_strided: bool = False
+    halves: tuple[int, int] | None = None
     sum: fx.Node | None = None
     value: fx.Node | None = None
     shared_by: int = 1
@@ -84,7 +90,8 @@ class Miss:
     """A site that was left as it is, in whole or in part.
 
     Attributes:
-        kind: ``quantizer`` (a quantizing cast that no rule explains) or ``prologue`` (a quantizer that fused alone).
+        kind: ``quantizer`` (a quantizing cast that no rule explains), ``prologue`` (a quantizer that fused alone), or
+            ``op`` (a call of a registered op that was left as it is).
         reason: what stopped the match.
         node: the operation at which it stopped, as text.
         location: the user's file and line.
