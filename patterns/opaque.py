@@ -168,10 +168,10 @@ def _quantizer(call: Call, codes: fx.Node, values: Values) -> OpQuantizer:
     _require(scale is not None, "its scales are not read")
     assert scale is not None
     _require(dtype(scale) is torch.float32, f"scales are {dtype(scale)}")
-    count = math.prod(_shape(call, "x")[:-1]) * (row // group)
-    _require(same_size(_numel(scale), count), f"its {_numel(scale)} scales are not one for each {group} values")
     rows = _shape(call, "x")[:-1]
     column, strided = _scale_layout(call, scale, (*rows, row // group))
+    count = math.prod(rows) * (row // group)
+    _require(same_size(_numel(scale), count), f"its {_numel(scale)} scales are not one for each {group} values")
     site = OpQuantizer(replace(spec, group=group), values.core(x), x, codes, scale, group, (codes, call.node))
     return replace(site, rows=rows, strided=strided) if column else site
 
