@@ -2,7 +2,6 @@
 
 import itertools
 
-import opaque_ops as ops
 import pytest
 import torch
 import torch.nn.functional as F  # noqa: N812
@@ -16,6 +15,7 @@ from fusion_pass.sites import Report
 from fusion_pass.specs import GatedActivation, Quantizer, RMSNorm, ScaleLayout, ScaleRule
 from fusion_pass.testing import compare
 
+import opaque_ops as ops
 import spelled
 
 BF16 = torch.bfloat16
@@ -181,7 +181,7 @@ def test_one_norm_two_quantizers_and_a_router(tensors):
     assert result.equal
 
 
-def test_no_op_of_a_fused_site_is_left(tensors):
+def test_no_op_of_a_fused_site_is_left(tensors, form):
     graphs = []
 
     def fn(x, r, w):
@@ -237,6 +237,24 @@ def test_buffers_that_are_views(tensors, form):
     report, result = fuse(fn, *tensors)
     assert names(report) == ["rms_norm_per_token"]
     assert result.equal, result
+
+
+@pytest.mark.parametrize("dynamic", [False, True], ids=["static", "dynamic"])
+def test_a_buffer_that_is_changed_through_a_view(dynamic, tensors):
+    def fn(x, w):
+        stream, total = (x * 1).flatten(), x * 2
+        torch.ops._C.fused_add_rms_norm(stream.view(x.shape), total, w, 1e-6)
+        return ops.per_token(stream.view(x.shape)), total, stream.float()
+
+    report, result = fuse(fn, tensors[0], tensors[2], dynamic=dynamic)
+    assert names(report) == ["add_rms_norm_per_token"]
+    assert report.fused[0].outputs == ("code", "scale", "sum", "value")
+    assert result.equal, result
+
+
+def test_a_report_for_a_device_that_is_not_there(tensors):
+    report = fusion_pass.explain(FAMILIES["add_rms_norm_per_token"], *tensors, device="cuda")
+    assert names(report) == ["add_rms_norm_per_token"]
 
 
 def test_random_data_and_zero_rows(device):
@@ -440,16 +458,20 @@ def test_the_table_is_part_of_the_cache_key(table):
     assert registered.uuid() is None
 
 
-def test_inductor(tensors, device):
-    def fn(x, r, w):
-        y, total = ops.add_rms_norm(x, r, w)
-        codes, scale = ops.per_group(y, layout="column")
-        return codes, scale, ops.per_token(ops.silu_and_mul(total)), total, F.relu(total)
+def test_inductor(tensors, form):
+    """Ops that fuse, ops that stay, and a residual stream that is changed where it is."""
 
+    def fn(x, r, w):
+        torch.ops._C.fused_add_rms_norm(x, r, w, 1e-6)
+        codes, scale = ops.per_group(x, layout="column")
+        return codes, scale, ops.per_token(ops.silu_and_mul(r)), F.relu(ops.rms_norm(r, w)), ops.per_token(r * 2)
+
+    eager = [t.clone() for t in tensors]
     torch._dynamo.utils.counters.clear()
     with fusion_pass.enabled(("cpu", "cuda")):
         actual = torch.compile(fn, dynamic=False)(*tensors)
     counted = torch._dynamo.utils.counters["fusion_pass"]
     assert counted["add_rms_norm_per_group_128_column"] == counted["silu_mul_per_token"] == 1
-    result = compare(actual, fn(*tensors))
+    assert counted["fused"] == 2
+    result = compare((actual, tensors), (fn(*eager), tuple(eager)))
     assert result.equal, result
