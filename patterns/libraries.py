@@ -36,34 +36,52 @@ def _mixed(*tensors: torch.Tensor) -> str | None:
     return None
 
 
+def _norm(
+    x: torch.Tensor,
+    weight: torch.Tensor | None,
+    eps: float,
+    *,
+    rule: Weight = Weight.PLAIN,
+    twice: bool = False,
+    residual_sum: torch.dtype | None = None,
+) -> RMSNorm | str:
+    """A norm over the sum of squares divided by N: ``twice`` if x * rstd is rounded before the weight as well."""
+    return _mixed(*(t for t in (x, weight) if t is not None)) or RMSNorm(
+        eps,
+        weight=Weight.NONE if weight is None else rule,
+        mean=Mean.DIVIDE,
+        normalized=x.dtype if twice else torch.float32,
+        product=x.dtype,
+        residual_sum=residual_sum,
+    )
+
+
 def _register_vllm() -> None:
-    """vLLM's ``_C``: csrc/layernorm_kernels.cu, activation_kernels.cu, quantization/w8a8/fp8."""
+    """vLLM's ``_C``: csrc/libtorch_stable/layernorm_kernels.cu, csrc/activation_kernels.cu, csrc/quantization/w8a8/fp8.
 
-    def rms_norm(
-        x: torch.Tensor, weight: torch.Tensor, eps: float, residual_sum: torch.dtype | None = None
-    ) -> RMSNorm | str:
-        # x * rstd is rounded before the weight.
-        return _mixed(x, weight) or RMSNorm(
-            eps, mean=Mean.DIVIDE, normalized=x.dtype, product=x.dtype, residual_sum=residual_sum
+    Where the schema requires a weight, x * rstd is rounded before the weight, as vLLM's reference says; releases 0.20 to
+    0.22 did not (vllm-project/vllm#42325). Where the weight is optional, the kernels round once.
+    """
+    for kind, twice in (("Tensor", True), ("Tensor?", False)):
+        register_op(
+            f"_C::rms_norm(Tensor! result, Tensor input, {kind} weight, float epsilon) -> ()",
+            lambda input, weight, epsilon, twice=twice: _norm(input, weight, epsilon, twice=twice),
+            x="input",
+            weight="weight",
+            value="result",
         )
-
-    register_op(
-        "_C::rms_norm(Tensor! result, Tensor input, Tensor weight, float epsilon) -> ()",
-        lambda input, weight, epsilon: rms_norm(input, weight, epsilon),
-        x="input",
-        weight="weight",
-        value="result",
-    )
-    register_op(
-        "_C::fused_add_rms_norm(Tensor! input, Tensor! residual, Tensor weight, float epsilon) -> ()",
-        # The sum is rounded before the norm reads it.
-        lambda input, residual, weight, epsilon: rms_norm(input, weight, epsilon, input.dtype),
-        x="input",
-        residual="residual",
-        weight="weight",
-        value="input",
-        sum="residual",
-    )
+        register_op(
+            f"_C::fused_add_rms_norm(Tensor! input, Tensor! residual, {kind} weight, float epsilon) -> ()",
+            # The sum is rounded before the norm reads it.
+            lambda input, residual, weight, epsilon, twice=twice: _norm(
+                input, weight, epsilon, twice=twice, residual_sum=input.dtype
+            ),
+            x="input",
+            residual="residual",
+            weight="weight",
+            value="input",
+            sum="residual",
+        )
     for name, part in (("silu_and_mul", "gate_up"), ("mul_and_silu", "up_gate")):
         # Releases differ in the name of the result.
         for result in ("result", "out"):
@@ -111,20 +129,14 @@ def _vllm_per_group(
 
 
 def _register_sgl_kernel() -> None:
-    """sglang's ``sgl_kernel``: csrc/common_extension.cc; its norms and activations are flashinfer's."""
+    """sglang's ``sgl_kernel``: csrc/common_extension.cc; its norms and activations are flashinfer's.
 
-    def rms_norm(
-        x: torch.Tensor, weight: torch.Tensor, eps: float, rule: Weight, residual_sum: torch.dtype | None = None
-    ) -> RMSNorm | str:
-        # One rounding, after the weight; the norm reads the unrounded residual sum.
-        return _mixed(x, weight) or RMSNorm(
-            eps, weight=rule, mean=Mean.DIVIDE, product=x.dtype, residual_sum=residual_sum
-        )
-
+    Norms round once, after the weight, and read the unrounded residual sum; activations round once, after the product.
+    """
     for prefix, rule in (("", Weight.PLAIN), ("gemma_", Weight.ONE_PLUS)):
         register_op(
             f"sgl_kernel::{prefix}rmsnorm(Tensor! output, Tensor input, Tensor weight, float eps, bool enable_pdl) -> ()",
-            lambda input, weight, eps, enable_pdl, rule=rule: rms_norm(input, weight, eps, rule),
+            lambda input, weight, eps, enable_pdl, rule=rule: _norm(input, weight, eps, rule=rule),
             x="input",
             weight="weight",
             value="output",
@@ -132,8 +144,8 @@ def _register_sgl_kernel() -> None:
         register_op(
             f"sgl_kernel::{prefix}fused_add_rmsnorm(Tensor! input, Tensor! residual, Tensor weight, float eps, "
             "bool enable_pdl) -> ()",
-            lambda input, residual, weight, eps, enable_pdl, rule=rule: rms_norm(
-                input, weight, eps, rule, torch.float32
+            lambda input, residual, weight, eps, enable_pdl, rule=rule: _norm(
+                input, weight, eps, rule=rule, residual_sum=torch.float32
             ),
             x="input",
             residual="residual",

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import hashlib
 import inspect
+import operator
+import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -101,8 +103,8 @@ def register_op(
     last place (a fast division, another order of summation), results do too.
 
     Args:
-        schema: the op's schema, overload included, exactly as ``str(op._schema)`` or its library's source gives it. An
-            installed op of this name with other argument names, types or mutations is left alone.
+        schema: the op's schema, overload included, as its library or ``str(op._schema)`` gives it. An installed op of
+            this name with other argument names, types or mutations is left alone.
         spec: called with every argument by its name, except the buffers that the op only writes. Tensors are fake: they
             have shapes and dtypes. Returns an ``RMSNorm``, ``GatedActivation`` or ``Quantizer`` of
             :mod:`fusion_pass.specs`, or a sentence that says why this call must be left alone.
@@ -120,7 +122,7 @@ def register_op(
     inputs |= {"gate": gate, "up": up, "gate_up": gate_up, "up_gate": up_gate}
     outputs = {"value": value, "sum": sum, "codes": codes, "scale": scale}
     try:
-        parsed = torch._C.parse_schema(schema)
+        parsed = torch._C.parse_schema(_text(schema))
     except RuntimeError as error:
         raise ValueError(f"schema is {schema!r}; allowed: the schema of an op ({error})") from None
     given = {part: v for part, v in inputs.items() if v is not None}
@@ -166,7 +168,7 @@ def _check(entry: Entry) -> None:
     written = {a.name for a in entry.schema.arguments if _is_written(a)}
     for part, name in entry.inputs.items():
         if name not in arguments:
-            raise ValueError(f"{part} is {name!r}; allowed: an argument of {entry.schema}")
+            raise ValueError(f"{part} is {name!r}; allowed: an argument of {_text(entry.schema)}")
     for part, result in entry.outputs.items():
         allowed = range(len(entry.schema.returns)) if isinstance(result, int) else written
         if result not in allowed:
@@ -174,7 +176,7 @@ def _check(entry: Entry) -> None:
                 f"{part} is {result!r}; allowed: an argument that is written or a return of {entry.schema}"
             )
     if unexplained := written - set(entry.outputs.values()):
-        raise ValueError(f"no part names {', '.join(sorted(map(str, unexplained)))}, written by {entry.schema}")
+        raise ValueError(f"no part names {', '.join(sorted(map(str, unexplained)))}, written by {_text(entry.schema)}")
     passed = {name: None for name in arguments if entry.reads(name)}
     try:
         inspect.signature(entry.describe).bind(**passed)
@@ -184,6 +186,11 @@ def _check(entry: Entry) -> None:
 
 def _is_written(argument: Any) -> bool:
     return argument.alias_info is not None and bool(argument.alias_info.is_write)
+
+
+def _text(schema: Any) -> str:
+    """The schema as its library writes it: ``Tensor!`` prints as ``Tensor($0! -> )``, which does not parse."""
+    return re.sub(r"\(\$\d+! -> \)", "!", str(schema))
 
 
 def _name(schema: Any) -> str:
@@ -266,8 +273,8 @@ def mismatch(node: fx.Node) -> str | None:
     op = op_of(node)
     if op is None or _entry(op) is not None:
         return None
-    described = " or ".join(str(e.schema) for e in _TABLE[_name(op._schema)])
-    return f"the installed op is {op._schema}, the table describes {described}"
+    described = " or ".join(_text(e.schema) for e in _TABLE[_name(op._schema)])
+    return f"the installed op is {_text(op._schema)}, the table describes {described}"
 
 
 def read(node: Any) -> Call | None:
@@ -282,13 +289,13 @@ def read(node: Any) -> Call | None:
     first = max(1, len(op._schema.returns))
     buffers = {name: _written(node, name, first, i) for i, name in enumerate(mutable)}
     before = {**node.kwargs, **{name: b and b.base for name, b in buffers.items()}}
-    arguments = {a.name: before[a.name] for a in op._schema.arguments}
+    arguments = {a.name: before.get(a.name, a.default_value) for a in op._schema.arguments}
     return Call(node, entry, arguments, {name: b for name, b in buffers.items() if b is not None})
 
 
 def producer(node: fx.Node) -> tuple[Call, str] | None:
     """The call that computes node, and which of its results node is."""
-    getitem = node.op == "call_function" and getattr(node.target, "__name__", "") == "getitem"
+    getitem = node.target is operator.getitem
     call = read(node.args[0] if getitem else node)
     if call is None:
         return None

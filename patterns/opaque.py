@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import operator
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -194,6 +195,8 @@ def _spec(call: Call) -> RMSNorm | GatedActivation | Quantizer:
     indices = [w.index for w in call.written.values()]
     _require(len(set(indices)) == len(indices), "it writes one buffer twice")
     arguments = {name: _fake(call, name) for name in call.arguments if call.entry.reads(name)}
+    symbolic = [n for n, v in arguments.items() if isinstance(v, (torch.SymInt, torch.SymFloat, torch.SymBool))]
+    _require(not symbolic, f"{', '.join(symbolic)} is not known when the graph is compiled")
     devices = {v.device for v in arguments.values() if isinstance(v, torch.Tensor)}
     _require(len(devices) == 1, f"its tensors are on {', '.join(map(str, devices))}")
     try:
@@ -264,7 +267,7 @@ def _result(call: Call, part: str, values: Values) -> fx.Node | None:
     index = call.index(part)
     for node in values.origins(values.core(call.node)):
         for user in node.users:
-            if getattr(user.target, "__name__", "") == "getitem" and user.args[1] == index:
+            if user.target is operator.getitem and user.args[1] == index:
                 return values.core(user)
     return None
 

@@ -12,7 +12,7 @@ import fusion_pass
 from fusion_pass import graph_pass, inductor
 from fusion_pass.backends import collecting
 from fusion_pass.sites import Report
-from fusion_pass.specs import GatedActivation, Quantizer, RMSNorm, ScaleLayout, ScaleRule
+from fusion_pass.specs import GatedActivation, Quantizer, RMSNorm, ScaleLayout, ScaleRule, Weight
 from fusion_pass.testing import compare
 
 import opaque_ops as ops
@@ -441,6 +441,37 @@ def test_what_cannot_be_registered(schema, parts, message, table):
         fusion_pass.register_op(schema, lambda x: GatedActivation(), **parts)
     with pytest.raises(ValueError, match="mylib::f"):
         fusion_pass.unregister_op("mylib::f")
+
+
+def entry(name, *words):
+    (found,) = (e for e in op_table._TABLE[name] if all(word in str(e.schema) for word in words))
+    return found
+
+
+def test_an_optional_weight():
+    """vLLM's newer schema: one rounding, and a norm without a weight."""
+    norm = entry("_C::rms_norm", "Tensor? weight")
+    x, w = torch.empty(2, 256, dtype=BF16), torch.empty(256, dtype=BF16)
+    spec = norm.describe(input=x, weight=w, epsilon=1e-6)
+    assert (spec.weight, spec.normalized, spec.product) == (Weight.PLAIN, torch.float32, BF16)
+    assert norm.describe(input=x, weight=None, epsilon=1e-6).weight is Weight.NONE
+    assert entry("_C::rms_norm", "Tensor weight").describe(input=x, weight=w, epsilon=1e-6).normalized is BF16
+
+
+def test_a_schema_as_torch_prints_it(tensors, table):
+    """torch prints Tensor! as no parser reads it."""
+    name = "_C::rms_norm"
+    fusion_pass.unregister_op(name)
+    fusion_pass.register_op(
+        str(torch.ops._C.rms_norm.default._schema),
+        lambda input, weight, epsilon: RMSNorm(epsilon, normalized=BF16, product=BF16),
+        x="input",
+        weight="weight",
+        value="result",
+    )
+    report, result = fuse(FAMILIES["rms_norm_per_token"], *tensors)
+    assert names(report) == ["rms_norm_per_token"]
+    assert result.equal
 
 
 def test_the_table_is_part_of_the_cache_key(table):
