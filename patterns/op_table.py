@@ -10,7 +10,7 @@ import hashlib
 import inspect
 import operator
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,18 +25,14 @@ Describe = Callable[..., Described | str]
 
 _FORMS = (torch.ops.higher_order.auto_functionalized, torch.ops.higher_order.auto_functionalized_v2)
 
-# What a norm, an activation and a quantizer read and return; each tuple of names is one complete choice.
-_KINDS: dict[type, tuple[tuple[frozenset[str], ...], frozenset[str], frozenset[str], frozenset[str]]] = {
-    # kind: (required inputs, one set of them), (optional inputs), (required outputs), (optional outputs)
-    RMSNorm: ((frozenset({"x"}),), frozenset({"residual", "weight"}), frozenset({"value"}), frozenset({"sum"})),
-    GatedActivation: (
-        (frozenset({"gate", "up"}), frozenset({"gate_up"}), frozenset({"up_gate"})),
-        frozenset(),
-        frozenset({"value"}),
-        frozenset(),
-    ),
-    Quantizer: ((frozenset({"x"}),), frozenset(), frozenset({"codes", "scale"}), frozenset()),
-}
+# The parts that a norm, an activation and a quantizer have, and those they may have.
+_PARTS: tuple[tuple[type, frozenset[str], frozenset[str]], ...] = (
+    (RMSNorm, frozenset({"x", "value"}), frozenset({"residual", "weight", "sum"})),
+    (GatedActivation, frozenset({"gate", "up", "value"}), frozenset()),
+    (GatedActivation, frozenset({"gate_up", "value"}), frozenset()),
+    (GatedActivation, frozenset({"up_gate", "value"}), frozenset()),
+    (Quantizer, frozenset({"x", "codes", "scale"}), frozenset()),
+)
 
 
 @dataclass(frozen=True)
@@ -127,7 +123,7 @@ def register_op(
         raise ValueError(f"schema is {schema!r}; allowed: the schema of an op ({error})") from None
     given = {part: v for part, v in inputs.items() if v is not None}
     results = {part: v for part, v in outputs.items() if v is not None}
-    entry = Entry(parsed, _kind(given, results), spec, given, results)
+    entry = Entry(parsed, _kind([*given, *results]), spec, given, results)
     _check(entry)
     same = [e for e in _TABLE.get(entry.name, []) if signature(e.schema) != signature(parsed)]
     _TABLE[entry.name] = [*same, entry]
@@ -152,14 +148,13 @@ def fingerprint() -> str | None:
     return hashlib.sha256("\n".join(sorted(map(str, parts))).encode()).hexdigest()
 
 
-def _kind(inputs: Mapping[str, str], outputs: Mapping[str, str | int]) -> type:
-    for kind, (required, optional, results, optional_results) in _KINDS.items():
-        reads = any(r <= set(inputs) <= r | optional for r in required)
-        if reads and results <= set(outputs) <= results | optional_results:
+def _kind(given: Collection[str]) -> type:
+    for kind, required, optional in _PARTS:
+        if required <= set(given) <= required | optional:
             return kind
     raise ValueError(
-        f"the parts are {', '.join((*inputs, *outputs)) or 'none'}; allowed: x, value and optionally residual, weight and "
-        "sum for a norm, gate and up or gate_up or up_gate, and value, for an activation, x, codes and scale for a quantizer"
+        f"the parts are {', '.join(given) or 'none'}; allowed: x, value and optionally residual, weight and sum for a norm, "
+        "value and gate and up, gate_up or up_gate for an activation, x, codes and scale for a quantizer"
     )
 
 
