@@ -114,10 +114,12 @@ def _norm(call: Call, node: fx.Node, values: Values) -> NormSite:
         _require(dtype(residual) == dtype(x), f"x is {dtype(x)}, residual is {dtype(residual)}")
     if weight is not None:
         _require(same_shape(_shape(call, "weight"), (size,)), f"weight has shape {_shape(call, 'weight')}")
-    _check_value(call, node, spec.product)
+    count = math.prod(_shape(call, "x"))
+    _check_value(call, node, spec.product, count)
     nodes = (node, call.node)
     if residual is not None:
         total = _result(call, "sum", values) if "sum" in call.entry.outputs else None
+        _require(total is None or same_size(_numel(total), count), "its sum is not one for each value")
         return NormSite(spec, x, residual, weight, total, size, nodes)
     return _with_sum(NormSite(spec, x, None, weight, None, size, nodes), values)
 
@@ -140,7 +142,6 @@ def _with_sum(site: NormSite, values: Values) -> NormSite:
 def _activation(call: Call, node: fx.Node, values: Values) -> ActivationSite:
     spec = _spec(call)
     assert isinstance(spec, GatedActivation)
-    _check_value(call, node, spec.product)
     nodes = (node, call.node)
     for part, halves in (("gate_up", (0, 1)), ("up_gate", (1, 0))):
         if part in call.entry.inputs:
@@ -148,10 +149,12 @@ def _activation(call: Call, node: fx.Node, values: Values) -> ActivationSite:
             row = _row(call, part)
             assert both is not None
             _require(row % 2 == 0, f"rows of {row} values have no halves")
+            _check_value(call, node, spec.product, math.prod(_shape(call, part)[:-1]) * (row // 2))
             return PackedActivation(spec, both, both, row // 2, nodes, halves)
     gate, up = _operand(call, "gate"), _operand(call, "up")
     assert gate is not None and up is not None
     _require(same_shape(_shape(call, "gate"), _shape(call, "up")), "gate and up differ in shape")
+    _check_value(call, node, spec.product, math.prod(_shape(call, "gate")))
     return ActivationSite(spec, gate, up, _row(call, "gate"), nodes)
 
 
@@ -164,6 +167,7 @@ def _quantizer(call: Call, codes: fx.Node, values: Values) -> OpQuantizer:
     group = row if spec.group is None else spec.group
     _require(row % group == 0, f"groups of {group} do not divide rows of {row}")
     _require(dtype(codes) == spec.code, f"codes are {dtype(codes)}, its spec says {spec.code}")
+    _require(same_size(_numel(codes), math.prod(_shape(call, "x"))), "its codes are not one for each value")
     _require(_is_row_major(call, "codes", codes), "its codes are not contiguous, or a part of a larger buffer")
     scale = _result(call, "scale", values)
     _require(scale is not None, "its scales are not read")
@@ -254,10 +258,11 @@ def _row(call: Call, part: str) -> int:
     return int(sizes[-1])
 
 
-def _check_value(call: Call, node: fx.Node, product: torch.dtype) -> None:
+def _check_value(call: Call, node: fx.Node, product: torch.dtype, count: Any) -> None:
     _require(dtype(node) == product, f"its result is {dtype(node)}, its spec rounds to {product}")
     for name, written in call.written.items():
         _require(_is_flat(written), f"{name} is a part of a larger buffer, or a transposed view of one")
+    _require(same_size(_numel(node), count), f"its result has {_numel(node)} values, not {count}")
 
 
 def _result(call: Call, part: str, values: Values) -> fx.Node | None:

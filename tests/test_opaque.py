@@ -408,6 +408,40 @@ def test_a_functional_quantizer(tensors, table, device):
     assert result.equal
 
 
+def test_buffers_of_more_rows_than_the_op_writes(tensors, table):
+    """Padded to a number of tokens: the rest must keep what it held."""
+
+    def norm(out, x, weight):
+        out[: x.shape[0]].copy_(ops.normalized(x, weight, 1e-6, twice=False))
+
+    def quant(codes, scale, x):
+        q, s = spelled.per_token(x)
+        codes[: x.shape[0]].copy_(q)
+        scale[: x.shape[0]].copy_(s)
+
+    norm_schema, norm_op = library("norm(Tensor! out, Tensor x, Tensor weight) -> ()", norm, None)
+    quant_schema, quant_op = library("quant(Tensor! codes, Tensor! scale, Tensor x) -> ()", quant, None)
+    spec = RMSNorm(1e-6, product=BF16)
+    fusion_pass.register_op(norm_schema, lambda x, weight: spec, x="x", weight="weight", value="out")
+    fusion_pass.register_op(quant_schema, lambda x: Quantizer(), x="x", codes="codes", scale="scale")
+
+    def padded_norm(x, r, w):
+        out = r.clone()
+        norm_op(out, x[:5], w)
+        return spelled.per_token(out)
+
+    def padded_codes(x, r, w):
+        codes, scale = torch.zeros(8, 256, device=x.device).to(ops.E4M3), torch.ones(8, 1, device=x.device)
+        quant_op(codes, scale, ops.rms_norm(x[:5], w))
+        return codes, scale
+
+    for fn, fused in ((padded_norm, ["quant_per_token"]), (padded_codes, [])):
+        report, result = fuse(fn, *tensors)
+        assert names(report) == fused
+        assert len(report.missed) == 1
+        assert result.equal
+
+
 def test_a_spec_can_refuse(tensors, table):
     schema, norm = functional_norm()
     fusion_pass.register_op(
