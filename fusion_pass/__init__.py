@@ -4,7 +4,7 @@
     fusion_pass.register()          # once, before torch.compile
     model = torch.compile(model)
 
-See :func:`register`, :func:`unregister`, :func:`enabled`, :func:`explain` and :mod:`fusion_pass.ops`.
+See :func:`register`, :func:`unregister`, :func:`enabled`, :func:`explain`, :func:`register_op` and :mod:`fusion_pass.ops`.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from . import ops
     from .explanation import explain
     from .graph_pass import UnfusedSiteError
+    from .patterns.opaque import register_op, unregister_op
     from .sites import FusedSite, Miss, Report
 
 __version__ = "0.1.0"
@@ -30,7 +31,9 @@ __all__ = [
     "explain",
     "ops",
     "register",
+    "register_op",
     "unregister",
+    "unregister_op",
 ]
 
 # Importing Inductor takes seconds: a program that never compiles should not pay for it.
@@ -40,6 +43,8 @@ _LAZY = {
     "Report": "sites",
     "UnfusedSiteError": "graph_pass",
     "explain": "explanation",
+    "register_op": "patterns.opaque",
+    "unregister_op": "patterns.opaque",
 }
 
 

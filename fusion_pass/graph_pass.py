@@ -16,6 +16,7 @@ from torch import fx
 from . import debug, rounding
 from .inductor import CustomGraphPass
 from .lower import lower
+from .patterns import op_table
 from .plan import plan
 from .rewrite import rewrite
 from .sites import Report
@@ -35,7 +36,7 @@ def run(graph: fx.Graph, devices: Collection[str], *, strict: bool = False, to_k
         strict: raise :class:`UnfusedSiteError` if a quantizing cast is left.
     """
     report = plan(graph, devices)
-    if not report.eligible:
+    if not report.eligible and not report.missed:
         return report
     before = debug.text(graph)
     rewrite(graph, report.fused)
@@ -71,7 +72,9 @@ class FusionPass(CustomGraphPass):  # type: ignore[misc]
         run(graph, self.devices, strict=self.strict, to_kernels=True)
 
     def uuid(self) -> Any:
-        return ("fusion_pass", source_hash(), self.devices, self.strict)
+        # None bypasses Inductor's cache: a registered op whose source cannot be found may change unseen.
+        table = op_table.fingerprint()
+        return table and ("fusion_pass", source_hash(), self.devices, self.strict, table)
 
 
 class RoundingGuard(CustomGraphPass):  # type: ignore[misc]

@@ -20,6 +20,14 @@ from .patterns.activations import ActivationSite, recognise_activation
 from .patterns.grammar import Failure, Search, describe
 from .patterns.layouts import stored_copies
 from .patterns.norms import NormSite, recognise_norm
+from .patterns.opaque import (
+    OpQuantizer,
+    PackedActivation,
+    mismatch,
+    recognise_op,
+    recognise_quantizer_op,
+    returns_codes,
+)
 from .patterns.quantizers import QuantizerSite, casts_to_codes, quantizes, recognise_quantizer
 from .patterns.values import FLOATS, Values, cast_dtype, dtype, same_shape, same_size, shape, tensor
 from .sites import FusedSite, Miss, Report, location
@@ -49,7 +57,7 @@ class _Planner:
         self.devices = devices
         self.report = Report()
         # Most graphs quantize nothing: number their values only if they do.
-        self.casts = [n for n in graph.nodes if casts_to_codes(n) and self._on_device(n)]
+        self.casts = [n for n in graph.nodes if (casts_to_codes(n) or returns_codes(n)) and self._on_device(n)]
         self.order: dict[fx.Node, int] = {}
         self.produced: set[fx.Node] = set()
 
@@ -58,10 +66,14 @@ class _Planner:
         return value is not None and value.device.type in self.devices
 
     def run(self) -> Report:
+        for node in self.graph.nodes:
+            if (reason := mismatch(node)) is not None:
+                self._refuse("op", reason, node)
         if self.casts:
             self.values = Values(self.graph)
-            self.casts = [n for n in self.casts if quantizes(n, self.values)]
-            self.report.eligible = len(self.casts)
+            self.casts = [n for n in self.casts if returns_codes(n) or quantizes(n, self.values)]
+            # A quantizer that is one op already is eligible if something fuses into it: _plan_group counts it then.
+            self.report.eligible = sum(map(casts_to_codes, self.casts))
             self.order = {node: i for i, node in enumerate(self.graph.nodes)}
             for value, group in self._groups().items():
                 self.report.fused += self._plan_group(value, group)
@@ -86,6 +98,11 @@ class _Planner:
 
     def _quantizer(self, cast: fx.Node) -> QuantizerSite | None:
         search = Search(self.values)
+        if returns_codes(cast):
+            found = recognise_quantizer_op(cast, search)
+            if found is None:
+                self._miss("op", search.failure, cast)
+            return found
         site = recognise_quantizer(cast, search, _device(cast))
         if site is None:
             self._miss("quantizer", search.failure, cast)
@@ -106,32 +123,36 @@ class _Planner:
             if prologue is not None:
                 site = self._with_prologue(prologue, value, quantizer, claimed, alone=len(group.quantizers) == 1)
                 prologue = None
-            site = site or self._bare(value, quantizer)
+            # An op quantizes in one kernel already: worth replacing only together with what it reads.
+            if site is None and not isinstance(quantizer, OpQuantizer):
+                site = self._bare(value, quantizer)
+            if site is not None:
+                site = self._with_layout(site, claimed | {self.values.core(n) for n in site.nodes}, quantizer)
             if site is not None:
                 site.shared_by = served
                 claimed_here = claimed | {self.values.core(n) for n in site.nodes}
-                site = self._with_scale(site, quantizer, claimed_here)
-                if not _contiguous(*(n for n in (site.scale,) if n is not None)):
-                    self._refuse("quantizer", "its scales are not contiguous", quantizer.codes)
-                    continue
-                site = self._with_layout(site, claimed_here)
+                site = self._with_layout(self._with_scale(site, quantizer, claimed_here), claimed_here, quantizer)
+            if site is not None:
+                site.shared_by = served
                 site.location = location(*site.nodes[1:], site.codes)
                 sites.append(site)
+                self.report.eligible += served if isinstance(quantizer, OpQuantizer) else 0
         return sites
 
     def _prologue(self, value: fx.Node, group: _Group) -> NormSite | ActivationSite | None:
         """The norm or activation that computes value, if one does and every quantizer's rows divide its rows."""
         failures: list[Failure] = []
         for recognise in (
+            lambda search: recognise_op(value, search),
             lambda search: recognise_norm(value, search, _device(value)),
             lambda search: recognise_activation(value, search),
         ):
             search = Search(self.values)
-            site = recognise(search)
+            site: NormSite | ActivationSite | None = recognise(search)  # type: ignore[no-untyped-call]
             if site is not None:
                 length = group.quantizers[0].spec.group
                 if length is None or site.size % length == 0:
-                    return site  # type: ignore[no-any-return]
+                    return site
                 self._refuse("prologue", f"groups of {length} do not divide rows of {site.size}", value)
                 return None
             if search.failure is not None:
@@ -178,6 +199,7 @@ class _Planner:
             sum=summed,
             value=value if value_needed else None,
             shape=shape(value),
+            halves=prologue.halves if isinstance(prologue, PackedActivation) else None,
         )
         if not _contiguous(*(v for v in (site.sum, site.value) if v is not None)):
             self._refuse("prologue", "the residual sum or the value is read elsewhere and is not contiguous", value)
@@ -193,6 +215,8 @@ class _Planner:
         self, prologue: NormSite | ActivationSite
     ) -> tuple[fx.Node, fx.Node | None, fx.Node | None, fx.Node | None]:
         """x, other and weight as the op reads them, and the sum it adds up, if it does."""
+        if isinstance(prologue, PackedActivation):
+            return prologue.gate, prologue.up, None, None
         if isinstance(prologue, ActivationSite):
             wanted = shape(prologue.gate)
             up = None if prologue.up is None else self._input(prologue.up, wanted)
@@ -201,9 +225,9 @@ class _Planner:
         weight = None if prologue.weight is None else self._input(prologue.weight, (prologue.size,))
         if prologue.gate is not None:
             return self._input(prologue.x, wanted), self._input(prologue.gate, wanted), weight, None
-        if prologue.residual is None or prologue.sum is None:
+        if prologue.residual is None:
             return self._input(prologue.x, wanted), None, weight, None
-        if prologue.sum in self.produced:
+        if prologue.sum is not None and prologue.sum in self.produced:
             # Another site already adds and returns this sum.
             return self._input(prologue.sum, wanted), None, weight, None
         return self._input(prologue.x, wanted), self._input(prologue.residual, wanted), weight, prologue.sum
@@ -247,6 +271,10 @@ class _Planner:
     def _with_scale(self, site: FusedSite, quantizer: QuantizerSite, claimed: set[fx.Node]) -> FusedSite:
         """The site returning what the graph reads of its scales: the first such value, or what alone is made of it."""
         reader = quantizer.reader
+        if reader is None:
+            assert isinstance(quantizer, OpQuantizer)
+            site.scale = quantizer.scale
+            return site
         read = {core: term for core, term in reader.terms.items() if "amax" in term.leaves()}
         outside = [core for core in read if self._outside_uses(core, claimed)]
         if not outside:
@@ -274,28 +302,55 @@ class _Planner:
         )
         return site
 
-    def _with_layout(self, site: FusedSite, claimed: set[fx.Node]) -> FusedSite:
+    def _with_layout(self, site: FusedSite, claimed: set[fx.Node], quantizer: QuantizerSite) -> FusedSite | None:
+        """The site with the layout of its scales; None if it can have no other and cannot have that."""
         group = site.quantizer.group
-        if group is None or site.scale is None:
+        if site.scale is None:
             return site
+        if isinstance(quantizer, OpQuantizer) and quantizer.rows is not None:
+            site.scale_strided = quantizer.strided
+            if self._stored(site, ScaleLayout.COLUMN, tuple(self.values.origins(site.scale)), quantizer.rows):
+                return site
+            self._refuse("op", "its column-major scales have other rows than its producer's input", site.codes)
+            return None
         outside = self._outside_uses(site.scale, claimed)
-        x = shape(site.x)
-        matrix_rows = x[-2] if len(x) > 1 and same_size(x[-1], site.row) else None
-        # The matrices of scales are those of x, or one of all its rows.
-        for rows, flatten in ((matrix_rows, False), (_product(shape(site.scale)) // (site.row // group), True)):
-            layout, copies = stored_copies(outside, rows, site.row // group) if outside else (ScaleLayout.ROW, ())
-            packable = layout is not ScaleLayout.PACKED or site.quantizer.scale_dtype is torch.uint8
-            if copies and packable:
-                site.spec = dataclasses.replace(site.spec, layout=layout)
-                site.scale_copies, site.flatten = copies, flatten
-                break
+        if group is not None and outside:
+            x = shape(site.x)
+            own = x[:-1] if len(x) > 1 and same_size(x[-1], site.row) else ()
+            # The matrices of scales are those of x, one of all its rows, or those that are transposed.
+            candidates = [own, (_product(shape(site.scale)) // (site.row // group),), shape(outside[0][0])[:-1]]
+            for rows in candidates:
+                layout, copies = stored_copies(outside, rows, site.row // group) if rows else (ScaleLayout.ROW, ())
+                if copies and self._stored(site, layout, copies, rows):
+                    return site
+        if not _contiguous(site.scale):
+            self._refuse("quantizer", "its scales are not contiguous", quantizer.codes)
+            return None
         return site
+
+    def _stored(self, site: FusedSite, layout: ScaleLayout, copies: tuple[fx.Node, ...], rows: tuple[Any, ...]) -> bool:
+        """Have the site store scales in a layout, as matrices of the given rows, if x can be presented with those rows."""
+        if not all(same_shape(shape(copy), shape(copies[0])) for copy in copies):
+            return False
+        if layout is ScaleLayout.PACKED and site.quantizer.scale_dtype is not torch.uint8:
+            return False
+        has_rows = same_size(shape(site.x)[-1], site.row) and same_shape(shape(site.x)[:-1], rows)
+        if not has_rows and sum(isinstance(size, torch.SymInt) for size in rows) > 1:
+            return False
+        site.spec = dataclasses.replace(site.spec, layout=layout)
+        site.scale_copies, site.scale_rows = copies, rows
+        return True
 
     def _sum_output(self, summed: fx.Node, claimed: set[fx.Node]) -> tuple[torch.dtype, fx.Node]:
         """The dtype in which the sum is read outside, and the value read: often only its rounding to bf16 is."""
         outside = {user for _, user in self._outside_uses(summed, claimed)}
         casts = {self.values.core(user) for user in outside if cast_dtype(user) in FLOATS}
-        if len(casts) == 1 and all(self.values.core(user) in casts for user in outside):
+        # A sum that the graph itself rounds to bf16 is bf16 before it is anything else.
+        if (
+            dtype(summed) is torch.float32
+            and len(casts) == 1
+            and all(self.values.core(user) in casts for user in outside)
+        ):
             cast = casts.pop()
             return dtype(cast), cast  # type: ignore[return-value]
         return dtype(summed), summed  # type: ignore[return-value]

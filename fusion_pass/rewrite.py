@@ -48,7 +48,8 @@ class _Editor:
         remaining = iter(outputs)
         self._replace(self.values.origins(site.codes), next(remaining))
         if site.scale_copies:
-            self._replace(site.scale_copies, self._as_stored(site.scale_copies[0], next(remaining)))
+            scale = self._as_stored(site.scale_copies[0], next(remaining))
+            self._replace(site.scale_copies, self._swapped(scale) if site.scale_strided else scale)
         elif site.scale is not None:
             self._replace_scale(site.scale, next(remaining))
         for value in (site.sum, site.value):
@@ -66,14 +67,30 @@ class _Editor:
             None if n is None else next(remaining) for n in (site.x, site.other, site.weight, site.given)
         )
         assert x is not None
-        rows_apart = same_size(shape(x)[-1] if shape(x) else 1, site.row)
-        if not rows_apart or (site.flatten and len(shape(x)) > 2):
+        if site.halves is not None:
+            x, other = self._halves(x, site.row, site.halves)
+        if not same_size(shape(x)[-1] if shape(x) else 1, site.row):
             x = self._call(aten.reshape.default, (x, [-1, site.row]))
+        if site.scale_rows is not None and not same_shape(shape(x)[:-1], site.scale_rows):
+            # At most one is symbolic.
+            rows = [-1 if isinstance(size, torch.SymInt) else size for size in site.scale_rows]
+            x = self._call(aten.reshape.default, (x, [*rows, site.row]))
         if other is not None and not same_shape(shape(other), shape(x)):
             other = self._call(aten.reshape.default, (other, self._sizes(x)))
         if weight is not None and len(shape(weight)) != 1:
             weight = self._call(aten.reshape.default, (weight, [site.row]))
         return x, other, weight, given
+
+    def _halves(self, both: fx.Node, row: int, halves: tuple[int, int]) -> list[fx.Node]:
+        """The halves of the rows of one tensor, in the given order; views, not copies."""
+        if not same_size(shape(both)[-1], 2 * row):
+            both = self._call(aten.reshape.default, (both, [-1, 2 * row]))
+        last = len(shape(both)) - 1
+        return [self._call(aten.slice.Tensor, (both, last, half * row, (half + 1) * row)) for half in halves]
+
+    def _swapped(self, scale: fx.Node) -> fx.Node:
+        rank = len(shape(scale))
+        return self._call(aten.permute.default, (scale, [*range(rank - 2), rank - 1, rank - 2]))
 
     def _resolve(self, node: fx.Node) -> fx.Node:
         while node in self.replaced:

@@ -38,8 +38,10 @@ class FusedSite:
             given: a calibrated scale).
         row: values per row of x.
         codes, scale: the values it replaces, scale None if nothing reads it; for a column layout ``scale_copies`` are the transposed copies it replaces.
+        halves: which half of each row of x is x and which is other, if one tensor holds both.
+        scale_rows: the leading sizes of x whose last the layout of the scales moves, if they are not stored by rows.
+        scale_strided: whether the copies are read as (M, G) with transposed strides.
         sum, value: the values of the residual sum and of the prologue, if the graph reads them elsewhere.
-        flatten: whether the rows of x become one matrix, as its scales are stored so.
         nodes: the operations it stands for, the quantizing cast first.
         shared_by: how many quantizing casts of the graph this one op serves.
     """
@@ -54,9 +56,11 @@ class FusedSite:
     given: fx.Node | None = None
     scale: fx.Node | None = None
     scale_copies: tuple[fx.Node, ...] = ()
+    scale_rows: tuple[Any, ...] | None = None
+    scale_strided: bool = False
+    halves: tuple[int, int] | None = None
     sum: fx.Node | None = None
     value: fx.Node | None = None
-    flatten: bool = False
     shared_by: int = 1
     op: fx.Node | None = None
     location: str = ""
@@ -94,7 +98,8 @@ class Miss:
     """A site that was left as it is, in whole or in part.
 
     Attributes:
-        kind: ``quantizer`` (a quantizing cast that no rule explains) or ``prologue`` (a quantizer that fused alone).
+        kind: ``quantizer`` (a quantizing cast that no rule explains), ``prologue`` (a quantizer that fused alone), or
+            ``op`` (a call of a registered op that was left as it is).
         reason: what stopped the match.
         node: the operation at which it stopped, as text.
         location: the user's file and line.

@@ -196,12 +196,13 @@ def allocate(spec: FusedSpec, x: torch.Tensor) -> list[torch.Tensor]:
     outputs = [torch.empty(x.shape, dtype=quantizer.code, device=x.device)]
     if quantizer.scale is not None:
         groups = x.shape[-1] // (quantizer.group or x.shape[-1])
-        scale, make = [*lead, groups], torch.empty
+        scale, padded = [*lead, groups], False
         if quantizer.granularity is Granularity.TENSOR:
             scale = [1]
         elif spec.layout is not ScaleLayout.ROW:
             scale = [*lead[:-1], *allocated(spec.layout, lead[-1], groups)]
-            make = torch.zeros if has_padding(spec.layout, lead[-1], groups) else torch.empty
+            padded = has_padding(spec.layout, lead[-1], groups)
+        make: Callable[..., torch.Tensor] = torch.zeros if padded else torch.empty
         outputs.append(make(scale, dtype=quantizer.scale_dtype, device=x.device))
     extras = [dtype for dtype in (spec.sum_output, spec.value_output) if dtype is not None]
     return outputs + [torch.empty(x.shape, dtype=dtype, device=x.device) for dtype in extras]

@@ -16,7 +16,7 @@ from fusion_pass.addresses import address, allocated
 from fusion_pass.inductor import real_tensors
 from fusion_pass.specs import ScaleLayout
 
-from .values import aten, dtype, same_shape, shape
+from .values import aten, dtype, same_shape, same_size, shape
 
 _PERMUTES = (aten.permute.default, aten.transpose.int, aten.t.default, aten.mT.default)
 _RESHAPES = (
@@ -36,10 +36,11 @@ _PADDING = -1
 Uses = list[tuple[fx.Node, fx.Node]]
 
 
-def stored_copies(uses: Uses, rows: Any, groups: int) -> tuple[ScaleLayout, tuple[fx.Node, ...]]:
+def stored_copies(uses: Uses, rows: tuple[Any, ...], groups: int) -> tuple[ScaleLayout, tuple[fx.Node, ...]]:
     """The copies of the scales in another layout, if those are all that is read of them; else ROW and none.
 
-    ``uses`` are the (presentation, user) pairs of the scales outside their quantizer. The scales are matrices of ``rows``.
+    ``uses`` are the (presentation, user) pairs of the scales outside their quantizer. ``rows`` are the leading sizes of
+    the matrices of scales.
     """
     copies = column_copies(uses, rows, groups)
     if copies:
@@ -48,7 +49,9 @@ def stored_copies(uses: Uses, rows: Any, groups: int) -> tuple[ScaleLayout, tupl
         return _by_numbers(uses, rows, groups)
 
 
-def _by_numbers(uses: Uses, rows: Any, groups: int) -> tuple[ScaleLayout, tuple[fx.Node, ...]]:
+def _by_numbers(uses: Uses, rows: tuple[Any, ...], groups: int) -> tuple[ScaleLayout, tuple[fx.Node, ...]]:
+    if len(rows) != 1 and not all(same_size(size, 1) for size in rows[:-1]):
+        return ScaleLayout.ROW, ()
     numberings = [_numbered(presentation, user) for presentation, user in uses]
     stored: list[fx.Node] = []
     found: set[ScaleLayout | None] = set()
@@ -57,16 +60,16 @@ def _by_numbers(uses: Uses, rows: Any, groups: int) -> tuple[ScaleLayout, tuple[
             return ScaleLayout.ROW, ()
         copy, numbers = numbering
         stored.append(copy)
-        found.add(_layout_of(numbers, rows, groups, packed=dtype(copy) is torch.int32))
+        found.add(_layout_of(numbers, rows[-1], groups, packed=dtype(copy) is torch.int32))
     layout = found.pop() if len(found) == 1 else None
     return (ScaleLayout.ROW, ()) if layout is None else (layout, tuple(stored))
 
 
-def column_copies(uses: Uses, rows: Any, groups: int) -> tuple[fx.Node, ...]:
+def column_copies(uses: Uses, rows: tuple[Any, ...], groups: int) -> tuple[fx.Node, ...]:
     """The contiguous copies of ``scale.transpose(-1, -2)``, for any number of rows, symbolic ones too."""
     copies: list[fx.Node] = []
     for presentation, user in uses:
-        if not _swaps_last_two(user) or not same_shape(shape(presentation)[-2:], (rows, groups)):
+        if not _swaps_last_two(user) or not same_shape(shape(presentation), (*rows, groups)):
             return ()
         if not user.users or not all(_is_contiguous_copy(copy) for copy in user.users):
             return ()
@@ -136,9 +139,9 @@ def _order(node: fx.Node, rank: int) -> list[int] | None:
         dims: Any = node.args[1]
         return [d % rank for d in dims]
     order = list(range(rank))
-    first, second = (
-        (int(d) % rank for d in node.args[1:3]) if node.target is aten.transpose.int else (rank - 2, rank - 1)
-    )  # type: ignore[arg-type]
+    first, second = rank - 2, rank - 1
+    if node.target is aten.transpose.int:
+        first, second = (int(d) % rank for d in node.args[1:3])  # type: ignore[arg-type]
     order[first], order[second] = order[second], order[first]
     return order
 

@@ -77,20 +77,21 @@ class QuantizerSite:
     x: fx.Node
     x_used: fx.Node
     codes: fx.Node
-    reader: ScaleReader
+    reader: ScaleReader | None
     nodes: tuple[fx.Node, ...]
 
     @property
     def given(self) -> fx.Node | None:
         """The calibrated scale that the op reads."""
-        return self.reader.given
+        return None if self.reader is None else self.reader.given
 
 
 def casts_to_codes(node: fx.Node) -> bool:
     """Whether node casts floats to a dtype of codes."""
     if node.op != "call_function" or cast_dtype(node) not in CODE_DTYPES:
         return False
-    return dtype(node.args[0]) in FLOATS  # type: ignore[arg-type]
+    source: Any = node.args[0]
+    return dtype(source) in FLOATS
 
 
 def quantizes(node: fx.Node, values: Values) -> bool:

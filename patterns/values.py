@@ -16,6 +16,8 @@ from torch.fx.immutable_collections import immutable_dict, immutable_list
 
 from fusion_pass.inductor import stored_number
 
+from . import op_table
+
 aten = torch.ops.aten
 prims = torch.ops.prims
 
@@ -95,7 +97,7 @@ class Values:
             if source is not None:
                 self._core[node] = self._core[source]
                 continue
-            key = self._key(node) if _is_pure(node) else _lifted(node)
+            key = self._key(node) if _is_pure(node) else _lifted(node) or self._call_key(node)
             core = node if key is None else first.setdefault(key, node)
             self._core[node] = core
             self._origins.setdefault(core, []).append(node)
@@ -161,6 +163,11 @@ class Values:
 
     def _key(self, node: fx.Node) -> Any:
         return (node.target, self._freeze(node.args), self._freeze(node.kwargs))
+
+    def _call_key(self, node: fx.Node) -> Any:
+        """Calls of a known custom op that read the same give the same, whatever buffers they write."""
+        call = op_table.read(node)
+        return None if call is None else (call.identity(), self._freeze(call.reads()))
 
     def _freeze(self, value: Any) -> Any:
         if isinstance(value, fx.Node):

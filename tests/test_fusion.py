@@ -92,6 +92,33 @@ def test_a_sum_that_one_site_returns_is_not_added_again(tensors):
     assert result.equal
 
 
+def test_column_scales_of_other_rows_than_the_norm_has(tensors):
+    """Batches flattened, or made, between the norm and the transposition of its scales."""
+    x, _, w = tensors
+
+    def flattened(x, w):
+        return spelled.column(*spelled.per_group(spelled.rms_norm(x, w).reshape(-1, 256)))
+
+    def batched(x, w):
+        codes, scale = spelled.per_group(spelled.rms_norm(x.reshape(-1, 256), w))
+        return spelled.column(codes, scale.reshape(2, 6, 2))
+
+    for fn in (flattened, batched):
+        report, result = fuse(fn, x, w)
+        assert names(report) == ["rms_norm_per_group_128_column"]
+        assert result.equal, result
+
+
+def test_a_rounded_sum_that_is_only_read_in_another_dtype(tensors):
+    """x + r rounds to bf16 before it rounds to f16."""
+    x, r, w = tensors
+    report, result = fuse(
+        lambda x, r, w: (*spelled.per_token(spelled.rms_norm(x + r, w)), (x + r).to(torch.float16)), x * 2.03125, r, w
+    )
+    assert names(report) == ["add_rms_norm_per_token"]
+    assert result.equal, result
+
+
 def test_residual_summed_in_float32_and_stored_rounded(tensors):
     def fn(x, r, w):
         h = x.float() + r.float()

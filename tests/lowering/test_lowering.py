@@ -7,6 +7,7 @@ from fusion_pass import graph_pass, inductor
 from fusion_pass.fake_device import relabelled
 from fusion_pass.specs import Mean
 
+import opaque_ops
 import spelled
 
 BF16 = torch.bfloat16
@@ -93,6 +94,23 @@ def test_halves_of_one_projection_are_read_in_place():
     arguments = launches(graph)[0].kwargs["kwargs"]
     assert arguments["x_stride"] == arguments["other_stride"] == 1024
     assert not any(node.target is torch.ops.aten.clone.default for node in graph.nodes)
+
+
+def test_halves_that_an_op_took_whole_are_read_in_place():
+    _, graph = lowered(lambda x: opaque_ops.per_group(opaque_ops.silu_and_mul(x), layout="strided"), (8, 1024))
+    (launch,) = launches(graph)
+    assert launch.kwargs["kwargs"]["x_stride"] == launch.kwargs["kwargs"]["other_stride"] == 1024
+    assert not any("clone" in str(node.target) or "auto_functionalized" in str(node.target) for node in graph.nodes)
+
+
+def test_a_buffer_that_an_op_changes_through_a_view():
+    def fn(x, r, w):
+        stream = x.flatten()
+        torch.ops._C.fused_add_rms_norm(stream.view(8, 256), r, w, 1e-6)
+        return *opaque_ops.per_token(stream.view(8, 256)), stream
+
+    _, graph = lowered(lambda x, r, w: fn(x * 1, r * 1, w), (8, 256), (8, 256), (256,))
+    assert len(launches(graph)) == 1
 
 
 def test_the_number_of_rows_stays_symbolic():
