@@ -85,6 +85,11 @@ def sgl_silu_and_mul(out, input):
     out.copy_(F.silu(gate) * up)
 
 
+def vllm_gelu_tanh_and_mul(result, input):
+    gate, up = input.chunk(2, -1)
+    result.copy_(F.gelu(gate.contiguous(), approximate="tanh") * up)
+
+
 def sgl_per_token(input, output_q, output_s):
     x = input.float()
     s = true_quotient(x.abs().amax(-1, keepdim=True), MAX).clamp(min=2.0**-126)
@@ -94,9 +99,10 @@ def sgl_per_token(input, output_q, output_s):
 
 def sgl_per_group(input, output_q, output_s, group_size, eps, fp8_min, fp8_max, scale_ue8m0):
     x = input.float().unflatten(-1, (-1, group_size))
-    s = x.abs().amax(-1, keepdim=True).clamp(min=eps) * torch.tensor(1 / MAX, dtype=torch.float32, device=x.device)
-    output_s.copy_(s.squeeze(-1))
-    output_q.copy_((x / s).clamp(fp8_min, fp8_max).flatten(-2).to(E4M3))
+    peak = x.abs().amax(-1, keepdim=True).clamp(min=eps)
+    output_s.copy_((peak * torch.tensor(1 / MAX, dtype=torch.float32, device=x.device)).squeeze(-1))
+    multiplier = torch.full_like(peak, fp8_max) / peak
+    output_q.copy_((x * multiplier).clamp(fp8_min, fp8_max).flatten(-2).to(E4M3))
 
 
 _GROUP = "int group_size, float eps, float fp8_min, float fp8_max, bool scale_ue8m0"
@@ -106,6 +112,7 @@ _SCHEMAS = {
         vllm_fused_add_rms_norm
     ),
     "_C::silu_and_mul(Tensor! result, Tensor input) -> ()": vllm_silu_and_mul,
+    "_C::gelu_tanh_and_mul(Tensor! out, Tensor input) -> ()": vllm_gelu_tanh_and_mul,
     "_C::mul_and_silu(Tensor! out, Tensor input) -> ()": vllm_mul_and_silu,
     "_C::dynamic_per_token_scaled_fp8_quant(Tensor! result, Tensor input, Tensor! scale, Tensor? scale_ub) -> ()": (
         vllm_per_token
@@ -152,6 +159,12 @@ def add_rms_norm(x, residual, weight, eps=1e-6):
 def silu_and_mul(x):
     out = torch.empty((*x.shape[:-1], x.shape[-1] // 2), dtype=x.dtype, device=x.device)
     torch.ops._C.silu_and_mul(out, x)
+    return out
+
+
+def gelu_tanh_and_mul(x):
+    out = x.new_empty(*x.shape[:-1], x.shape[-1] // 2)
+    torch.ops._C.gelu_tanh_and_mul(out, x)
     return out
 
 

@@ -73,6 +73,7 @@ FAMILIES = {
     "add_rms_norm_per_group_128_column": add_then(lambda y: ops.per_group(y, layout="sliced")),
     "silu_mul_per_token": lambda x, r, w: ops.per_token(ops.silu_and_mul(torch.cat([x, r], -1))),
     "silu_mul_per_group_128": lambda x, r, w: ops.per_group(ops.silu_and_mul(torch.cat([x, r], -1))),
+    "gelu_tanh_mul_per_token": lambda x, r, w: ops.per_token(ops.gelu_tanh_and_mul(torch.cat([x, r], -1))),
 }
 
 
