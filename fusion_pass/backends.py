@@ -48,6 +48,7 @@ def collecting(
     def compiler(gm: fx.GraphModule, _: Sequence[Any]) -> Callable[..., Any]:
         subject = gm if pretend is None else fake_device.relabelled(gm, pretend)
         report.extend(graph_pass.run(subject.graph, devices, strict=strict))
+        subject.graph.lint()
         gm.recompile()
         return torch.no_grad()(gm.forward)  # type: ignore[no-any-return]
 

@@ -35,11 +35,12 @@ def run(graph: fx.Graph, devices: Collection[str], *, strict: bool = False, to_k
         to_kernels: lower the fused ops on GPUs to Inductor's Triton-kernel nodes.
         strict: raise :class:`UnfusedSiteError` if a quantizing cast is left.
     """
-    report = plan(graph, devices)
+    report, values = plan(graph, devices)
     if not report.eligible and not report.missed:
         return report
     before = debug.text(graph)
-    rewrite(graph, report.fused)
+    if values is not None:
+        rewrite(graph, report.fused, values)
     debug.record(report, before, debug.text(graph))
     _count(report)
     if strict and (left := [m for m in report.missed if m.kind == "quantizer"]):

@@ -25,7 +25,6 @@ def lower(graph: fx.Graph, sites: Sequence[FusedSite]) -> None:
     """Replace the fused ops of ``sites`` that are on a GPU by the launches of their kernels."""
     # Most sites of a model repeat those of its first layers: trace each distinct launch once.
     traced: dict[Any, fx.GraphModule] = {}
-    lowered = False
     for site in sites:
         if site.op is None or site.op.graph is not graph or not _on_gpu(site.op):
             continue
@@ -34,10 +33,6 @@ def lower(graph: fx.Graph, sites: Sequence[FusedSite]) -> None:
         if key not in traced:
             traced[key] = _trace(graph, site.spec, inputs)
         _splice(graph, site.op, inputs, traced[key])
-        lowered = True
-    if lowered:
-        graph.eliminate_dead_code()
-        graph.lint()
 
 
 def _on_gpu(op: fx.Node) -> bool:

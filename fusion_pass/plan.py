@@ -38,9 +38,13 @@ from .terms import Term, kind
 _NEAR_MISS = 2
 
 
-def plan(graph: fx.Graph, devices: Collection[str]) -> Report:
-    """The sites of ``graph`` on ``devices`` in topological order, and what was left, with the reason."""
-    return _Planner(graph, devices).run()
+def plan(graph: fx.Graph, devices: Collection[str]) -> tuple[Report, Values | None]:
+    """The sites of ``graph`` on ``devices`` in topological order, and what was left, with the reason.
+
+    Also the graph's values, which rewriting needs again, or None if it quantizes nothing.
+    """
+    planner = _Planner(graph, devices)
+    return planner.run(), getattr(planner, "values", None)
 
 
 @dataclass
@@ -52,6 +56,8 @@ class _Group:
 
 
 class _Planner:
+    values: Values
+
     def __init__(self, graph: fx.Graph, devices: Collection[str]) -> None:
         self.graph = graph
         self.devices = devices

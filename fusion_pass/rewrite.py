@@ -15,20 +15,31 @@ from .sites import FusedSite
 from .specs import GatedActivation, NoPrologue, RMSNorm
 
 
-def rewrite(graph: fx.Graph, sites: Iterable[FusedSite]) -> None:
+def rewrite(graph: fx.Graph, sites: Iterable[FusedSite], values: Values) -> None:
     """Insert the ops of ``sites``, give their outputs to the users of the values they replace, and drop what is dead."""
-    editor = _Editor(graph)
+    editor = _Editor(graph, values)
     for site in sites:
         editor.insert(site)
-    inductor.sort_topologically(graph)
-    graph.eliminate_dead_code()
-    graph.lint()
+    if editor.replaced:
+        _erase_dead(graph, editor.replaced)
+        inductor.sort_topologically(graph)
+
+
+def _erase_dead(graph: fx.Graph, replaced: Iterable[fx.Node]) -> None:
+    """Erase what was replaced, and what only led to that: a pass over the whole graph would take longer than the rest."""
+    pending = list(replaced)
+    while pending:
+        node = pending.pop()
+        if node.users or node.op != "call_function" or node._erased or node.is_impure():
+            continue
+        pending += node.all_input_nodes
+        graph.erase_node(node)
 
 
 class _Editor:
-    def __init__(self, graph: fx.Graph) -> None:
+    def __init__(self, graph: fx.Graph, values: Values) -> None:
         self.graph = graph
-        self.values = Values(graph)
+        self.values = values
         self.order = {node: i for i, node in enumerate(graph.nodes)}
         # Nodes that an earlier site replaced, where a later site's inputs may still name them.
         self.replaced: dict[fx.Node, fx.Node] = {}

@@ -410,6 +410,7 @@ class Quantizer:
         )
 
 
+@cache
 def reciprocal_of(divisor: float) -> float:
     """f32(1 / f32(divisor)), by which eager CUDA code multiplies where Python divides by a number."""
     return torch.tensor(divisor, dtype=torch.float32, device="cpu").reciprocal().item()

@@ -26,6 +26,8 @@ EXAMPLES = int(os.environ.get("FUSION_PASS_FUZZ_EXAMPLES", "250"))
 BF16, F16, F32 = torch.bfloat16, torch.float16, torch.float32
 E4M3, E5M2, INT8 = torch.float8_e4m3fn, torch.float8_e5m2, torch.int8
 SHAPE = (2, 3, 256)
+# A CPU computes silu in one kernel other than its decomposition does: that is not the pass's doing.
+DECOMPOSITIONS = {op: f for op, f in select_decomp_table().items() if op is not torch.ops.aten.silu.default}
 FUSED: collections.Counter[str] = collections.Counter()
 
 
@@ -202,7 +204,7 @@ def check(program):
     fn, inputs = interpret(program), arguments()
     eager, fused = [t.clone() for t in inputs], [t.clone() for t in inputs]
     expected = fn(*eager)
-    traced = make_fx(functionalize(fn), decomposition_table=select_decomp_table(), tracing_mode="fake")(*inputs)
+    traced = make_fx(functionalize(fn), decomposition_table=DECOMPOSITIONS, tracing_mode="fake")(*inputs)
     traced.graph.eliminate_dead_code()
     report = graph_pass.run(traced.graph, ("cpu",))
     traced.recompile()
