@@ -43,6 +43,7 @@ class _Editor:
         self.order = {node: i for i, node in enumerate(graph.nodes)}
         # Nodes that an earlier site replaced, where a later site's inputs may still name them.
         self.replaced: dict[fx.Node, fx.Node] = {}
+        self.evaluated: dict[str, Any] = {}
 
     def insert(self, site: FusedSite) -> None:
         inputs = [self._resolve(n) for n in (site.x, site.other, site.weight, site.given) if n is not None]
@@ -162,9 +163,24 @@ class _Editor:
     def _call(self, target: Any, args: tuple[Any, ...]) -> fx.Node:
         with self.graph.inserting_after(self.cursor):
             node = self.graph.call_function(target, args)
-        values = fx.node.map_arg(args, lambda n: n.meta["val"])
-        with inductor.fake_mode_of(self.graph):
-            node.meta["val"] = target(*values)
+        # Layers repeat: calls alike give alike results, and Inductor gives each its own storage.
+        key = (target, fx.node.map_arg(args, _described))
+        if target is operator.getitem:
+            node.meta["val"] = args[0].meta["val"][args[1]]
+        else:
+            if str(key) not in self.evaluated:
+                values = fx.node.map_arg(args, lambda n: n.meta["val"])
+                with inductor.fake_mode_of(self.graph):
+                    self.evaluated[str(key)] = target(*values)
+            node.meta["val"] = self.evaluated[str(key)]
         self.order[node] = self.order[self.cursor]
         self.cursor = node
         return node
+
+
+def _described(node: fx.Node) -> str:
+    """A tensor's metadata, or a size's expression, as text."""
+    value = tensor(node)
+    if value is None:
+        return str(node.meta["val"])
+    return f"{value.dtype} {value.device} {tuple(value.shape)} {value.stride()} {value.storage_offset()}"

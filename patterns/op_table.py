@@ -258,9 +258,9 @@ class Call:
 def op_of(node: fx.Node) -> torch._ops.OpOverload | None:
     """The op that node calls if the table has its name, functional or functionalized by the compiler."""
     target = node.args[0] if node.target in _FORMS and node.args else node.target
-    if isinstance(target, torch._ops.OpOverload) and _name(target._schema) in _TABLE:
-        return target
-    return None
+    if not isinstance(target, torch._ops.OpOverload) or target.namespace in ("aten", "prims"):
+        return None
+    return target if _name(target._schema) in _TABLE else None
 
 
 def mismatch(node: fx.Node) -> str | None:

@@ -150,16 +150,17 @@ class Values:
             source = self._transparent_source(source)
 
     def _transparent_source(self, node: fx.Node) -> fx.Node | None:
-        if node.op != "call_function" or not node.args or tensor(node) is None or tensor(node.args[0]) is None:
+        view = node.target in VIEWS
+        if not view and node.target not in CASTS:
             return None
         source = node.args[0]
+        if tensor(node) is None or tensor(source) is None:
+            return None
         assert isinstance(source, fx.Node)
-        if node.target in VIEWS:
+        if view:
             return source
         target = cast_dtype(node)
-        if target is not None and _widens(dtype(source), target):  # type: ignore[arg-type]
-            return source
-        return None
+        return source if target is not None and _widens(dtype(source), target) else None  # type: ignore[arg-type]
 
     def _key(self, node: fx.Node) -> Any:
         return (node.target, self._freeze(node.args), self._freeze(node.kwargs))
