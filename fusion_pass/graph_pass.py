@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+import gc
 import hashlib
 import logging
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -35,6 +37,23 @@ def run(graph: fx.Graph, devices: Collection[str], *, strict: bool = False, to_k
         to_kernels: lower the fused ops on GPUs to Inductor's Triton-kernel nodes.
         strict: raise :class:`UnfusedSiteError` if a quantizing cast is left.
     """
+    with _uncollected():
+        return _run(graph, devices, strict, to_kernels)
+
+
+@contextlib.contextmanager
+def _uncollected() -> Iterator[None]:
+    """No garbage collections: each walks every object of a compiling process, which takes longer than the pass."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
+
+
+def _run(graph: fx.Graph, devices: Collection[str], strict: bool, to_kernels: bool) -> Report:
     report, values = plan(graph, devices)
     if not report.eligible and not report.missed:
         return report

@@ -123,12 +123,12 @@ else:
     @triton.jit
     def gelu(x):
         """x / 2 * (1 + erf(x / sqrt(2))) of a f32 tile: ATen's GeluCUDAKernelImpl."""
-        scaled = times(x, 0.7071067811865476)
+        scaled = x * 0.7071067811865476
         if NEWER_ERF:
             error = erf(scaled)
         else:
             error = libdevice.erf(scaled)
-        return times(x, 0.5) * (1.0 + error)
+        return x * 0.5 * (1.0 + error)
 
     @triton.jit
     def gelu_tanh(x):
@@ -136,9 +136,8 @@ else:
 
         The compiler of that kernel contracts the sum and the product with 0.044715 to one fma.
         """
-        cube = times(times(x, x), x)
-        inner = times(tl.fma(cube, tl.full(x.shape, 0.044715, tl.float32), x), 0.7978845608028654)
-        return times(x, 0.5) * (1.0 + libdevice.tanh(inner))
+        inner = tl.fma(x * x * x, tl.full(x.shape, 0.044715, tl.float32), x) * 0.7978845608028654
+        return x * 0.5 * (1.0 + libdevice.tanh(inner))
 
     @triton.jit
     def times(x, y):

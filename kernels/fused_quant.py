@@ -95,8 +95,8 @@ def gated_activation(
     elif ACTIVATION == "sigmoid_product":
         scaled = gate
         if ALPHA != 1.0:
-            scaled = round_to(times(gate, ALPHA), SIGMOID_ROUNDING)
-        active = times(gate, round_to(sigmoid(scaled), SIGMOID_ROUNDING))
+            scaled = round_to(gate * ALPHA, SIGMOID_ROUNDING)
+        active = gate * round_to(sigmoid(scaled), SIGMOID_ROUNDING)
     elif ACTIVATION == "sigmoid":
         active = sigmoid(gate)
     elif ACTIVATION == "gelu":
@@ -109,7 +109,7 @@ def gated_activation(
             up = tl.clamp(up, -LIMIT, LIMIT, propagate_nan=tl.PropagateNan.ALL)
         if OFFSET != 0.0:
             up = round_to(up + OFFSET, SIGMOID_ROUNDING)
-        active = times(round_to(active, INNER_ROUNDING), up)
+        active = round_to(active, INNER_ROUNDING) * up
     return round_to(active, PRODUCT_ROUNDING)
 
 
@@ -233,7 +233,7 @@ def fused_quant_kernel(
                 gate = silu(gate)
             else:
                 gate = sigmoid(gate)
-            x = round_to(times(x, gate), GATED_ROUNDING)
+            x = round_to(x * gate, GATED_ROUNDING)
     if PROLOGUE == "gated":
         up = None
         if other_ptr is not None:

@@ -135,6 +135,14 @@ def constant(argument: Any, values: Values) -> float | None:
     if not isinstance(argument, fx.Node) or tensor(argument) is None:
         return None
     node = values.core(argument)
+    if node not in values.numbers:
+        # Remembered, as the operands of a residual stream lead to the start of the graph.
+        values.numbers[node] = _number(node, values)
+    number = values.numbers[node]
+    return None if number is None else round_to(number, dtype(argument))
+
+
+def _number(node: fx.Node, values: Values) -> float | None:
     number: Any = None
     if node.op == "get_attr":
         number = stored_number(node)
@@ -148,7 +156,7 @@ def constant(argument: Any, values: Values) -> float | None:
             number = number if number == 0 or dtype(node) in (*FLOATS, torch.float64) else None
     if isinstance(number, bool) or not isinstance(number, (int, float)):
         return None
-    return round_to(float(number), dtype(argument))
+    return round_to(float(number), dtype(node))
 
 
 def round_to(number: float, kind: torch.dtype | None) -> float:

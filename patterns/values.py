@@ -89,6 +89,8 @@ class Values:
     """
 
     def __init__(self, graph: fx.Graph) -> None:
+        # Cores that hold one number each, or None, as far as anyone has asked.
+        self.numbers: dict[fx.Node, float | None] = {}
         self._core: dict[fx.Node, fx.Node] = {}
         self._origins: dict[fx.Node, list[fx.Node]] = {}
         first: dict[Any, fx.Node] = {}
