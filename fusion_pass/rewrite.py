@@ -10,7 +10,7 @@ import torch
 from torch import fx
 
 from . import inductor, ops
-from .patterns.values import Values, aten, dtype, same_shape, same_size, shape, tensor
+from .patterns.values import Values, aten, dtype, is_pure, same_shape, same_size, shape, tensor
 from .sites import FusedSite
 from .specs import GatedActivation, NoPrologue, RMSNorm
 
@@ -30,10 +30,14 @@ def _erase_dead(graph: fx.Graph, replaced: Iterable[fx.Node]) -> None:
     pending = list(replaced)
     while pending:
         node = pending.pop()
-        if node.users or node.op != "call_function" or node._erased or node.is_impure():
+        if node.users or node.op != "call_function" or node._erased or _has_effect(node):
             continue
         pending += node.all_input_nodes
         graph.erase_node(node)
+
+
+def _has_effect(node: fx.Node) -> bool:
+    return not is_pure(node) and node.is_impure()
 
 
 class _Editor:
@@ -163,19 +167,22 @@ class _Editor:
     def _call(self, target: Any, args: tuple[Any, ...]) -> fx.Node:
         with self.graph.inserting_after(self.cursor):
             node = self.graph.call_function(target, args)
-        # Layers repeat: calls alike give alike results, and Inductor gives each its own storage.
-        key = (target, fx.node.map_arg(args, _described))
         if target is operator.getitem:
             node.meta["val"] = args[0].meta["val"][args[1]]
         else:
-            if str(key) not in self.evaluated:
-                values = fx.node.map_arg(args, lambda n: n.meta["val"])
-                with inductor.fake_mode_of(self.graph):
-                    self.evaluated[str(key)] = target(*values)
-            node.meta["val"] = self.evaluated[str(key)]
+            node.meta["val"] = self._evaluated(target, args)
         self.order[node] = self.order[self.cursor]
         self.cursor = node
         return node
+
+    def _evaluated(self, target: Any, args: tuple[Any, ...]) -> Any:
+        """The call's fake result. Layers repeat: calls alike share one, and Inductor gives each its own storage."""
+        key = str((target, fx.node.map_arg(args, _described)))
+        if key not in self.evaluated:
+            values = fx.node.map_arg(args, lambda n: n.meta["val"])
+            with inductor.fake_mode_of(self.graph):
+                self.evaluated[key] = target(*values)
+        return self.evaluated[key]
 
 
 def _described(node: fx.Node) -> str:

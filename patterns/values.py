@@ -92,14 +92,16 @@ class Values:
         # Cores that hold one number each, or None, as far as anyone has asked.
         self.numbers: dict[fx.Node, float | None] = {}
         self._core: dict[fx.Node, fx.Node] = {}
+        self._source: dict[fx.Node, fx.Node] = {}
         self._origins: dict[fx.Node, list[fx.Node]] = {}
         first: dict[Any, fx.Node] = {}
         for node in graph.nodes:
-            source = self._transparent_source(node)
+            source = _transparent_source(node)
             if source is not None:
+                self._source[node] = source
                 self._core[node] = self._core[source]
                 continue
-            key = self._key(node) if _is_pure(node) else _lifted(node) or self._call_key(node)
+            key = self._key(node) if is_pure(node) else _lifted(node) or self._call_key(node)
             core = node if key is None else first.setdefault(key, node)
             self._core[node] = core
             self._origins.setdefault(core, []).append(node)
@@ -152,17 +154,8 @@ class Values:
             source = self._transparent_source(source)
 
     def _transparent_source(self, node: fx.Node) -> fx.Node | None:
-        view = node.target in VIEWS
-        if not view and node.target not in CASTS:
-            return None
-        source = node.args[0]
-        if tensor(node) is None or tensor(source) is None:
-            return None
-        assert isinstance(source, fx.Node)
-        if view:
-            return source
-        target = cast_dtype(node)
-        return source if target is not None and _widens(dtype(source), target) else None  # type: ignore[arg-type]
+        # Rewriting adds nodes after the numbering.
+        return self._source.get(node) or (None if node in self._core else _transparent_source(node))
 
     def _key(self, node: fx.Node) -> Any:
         return (node.target, self._freeze(node.args), self._freeze(node.kwargs))
@@ -208,7 +201,21 @@ def _lifted(node: fx.Node) -> Any:
     return ("number", repr(number), value.dtype, value.device, value.dim())
 
 
-def _is_pure(node: fx.Node) -> bool:
+def _transparent_source(node: fx.Node) -> fx.Node | None:
+    view = node.target in VIEWS
+    if not view and node.target not in CASTS:
+        return None
+    source = node.args[0]
+    if tensor(node) is None or tensor(source) is None:
+        return None
+    assert isinstance(source, fx.Node)
+    if view:
+        return source
+    target = cast_dtype(node)
+    return source if target is not None and _widens(dtype(source), target) else None  # type: ignore[arg-type]
+
+
+def is_pure(node: fx.Node) -> bool:
     if node.op != "call_function":
         return False
     if node.target is operator.getitem:
