@@ -160,7 +160,7 @@ def quantizer_name(quantizer: Quantizer) -> str:
     }[quantizer.granularity]
     power_of_two = "_ue8m0" if is_power_of_two(_unbounded(quantizer.factor)) else ""
     as_bytes = quantizer.scale_dtype is torch.uint8
-    if as_bytes and power_of_two and quantizer.group == MX_BLOCK and not prefix:
+    if as_bytes and quantizer.group == MX_BLOCK and not prefix:
         return "mxfp8"
     return f"{prefix}{granularity}{power_of_two}{'_bytes' if as_bytes else ''}"
 

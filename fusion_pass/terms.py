@@ -230,6 +230,66 @@ def _is_whole(term: Operand) -> bool:
     return term.op in ("ceil", "floor", "round", "i32", "u8")
 
 
+def largest_quotient(term: Operand, divides: bool) -> float:
+    """What |x| divided by a term, or multiplied with it, is at most in exact arithmetic; infinite if that is not known.
+
+    Floors of amax and guards for zero only make it less.
+    """
+    if not isinstance(term, Term):
+        return INFINITY
+    if term.op == "where":
+        return largest_quotient(term.args[2], divides)
+    if term.op in ("f32", "f64"):
+        return largest_quotient(term.args[0], divides)
+    if term.op in ("bf16", "f16"):
+        return largest_quotient(term.args[0], divides) * (1 + 2.0**-8)
+    if term.op == ("max" if divides else "min"):
+        return largest_quotient(term.args[0], divides)
+    if term.op == "reciprocal":
+        return largest_quotient(term.args[0], not divides)
+    if term.op in ("mul", "div") and isinstance(term.args[0], Term) and not isinstance(term.args[1], Term):
+        factor = float(term.args[1]) if term.op == "mul" else 1 / float(term.args[1])
+        return largest_quotient(term.args[0], divides) * (1 / factor if divides else factor) if factor > 0 else INFINITY
+    if term.op == "div" and not divides and not isinstance(term.args[0], Term):
+        return largest_quotient(term.args[1], True) * float(term.args[0])
+    rounded = _rounded_power(term, "ceil" if divides else "floor")
+    if rounded is not None:
+        return largest_quotient(rounded, divides)
+    return 1.0 if term.op == "amax" and divides else INFINITY
+
+
+def _rounded_power(term: Term, direction: str) -> Operand | None:
+    """What term rounds to a power of two in the given direction, by logarithm or, upwards, by bits."""
+    inner = term.args[0] if term.args else None
+    if term.op in ("exp2", "pow2") and isinstance(inner, Term) and inner.op == direction:
+        logarithm = inner.args[0]
+        argument = logarithm.args[0] if isinstance(logarithm, Term) and logarithm.op == "log2" else None
+        return argument.args[0] if isinstance(argument, Term) and argument.op == "abs" else argument
+    if term.op != "from_bits" or direction != "ceil" or not isinstance(inner, Term) or inner.op != "shl":
+        return None
+    exponent = inner.args[0]
+    while isinstance(exponent, Term) and exponent.op in ("max", "min"):
+        exponent = exponent.args[0]
+    if not isinstance(exponent, Term) or exponent.op != "add":
+        return None
+    # The biased exponent of t, and one more if any bit of its mantissa is set.
+    biased, more = exponent.args
+    bits = _at(biased, "bit_and", "shr", "bits")
+    fraction = _at(more, "i32", "ne", "bit_and", "bits") or _at(more, "i32", "gt", "bit_and", "bits")
+    return bits if bits is not None and bits == fraction else None
+
+
+def _at(operand: Operand, *path: str) -> Operand | None:
+    """What lies under operations nested as first operands."""
+    for op in path:
+        if not isinstance(operand, Term) or operand.op != op:
+            return None
+        operand = operand.args[0]
+    if isinstance(operand, Term) and operand.op == "abs":
+        operand = operand.args[0]
+    return operand
+
+
 @cache
 def parse(text: str) -> Term:
     """The term that ``str`` wrote.
@@ -252,7 +312,7 @@ def _parse(node: Any) -> Operand:
     if isinstance(node, ast.Call):
         return Term(node.func.id, tuple(map(_parse, node.args)))  # type: ignore[attr-defined]
     if isinstance(node, ast.Name):
-        return INFINITY if node.id == "inf" else Term(node.id)
+        return float(node.id) if node.id in ("inf", "nan") else Term(node.id)
     number = ast.literal_eval(node)
     if not isinstance(number, (int, float)):
         raise TermError(f"operand is {number!r}; allowed: a number")

@@ -12,6 +12,7 @@ import torch
 import triton
 
 from fusion_pass.addresses import allocated, has_padding
+from fusion_pass.eager import overflow_code
 from fusion_pass.specs import (
     DTYPE_NAMES,
     FusedSpec,
@@ -250,23 +251,10 @@ def _ordinary(quantizer: Quantizer) -> bool:
 
 
 def _overflow(quantizer: Quantizer) -> int | None:
-    """The code of a value too large for the dtype, or None where no value is or the cast saturates.
-
-    The e4m3 cast of older torch versions gives NaN and that of newer ones saturates, so the cast itself is asked.
-    """
+    """The code of a value too large for the dtype, or None where no value is or the cast saturates."""
     if quantizer.code is torch.int8 or (quantizer.clamp is not None and quantizer.clamp <= _LARGEST[quantizer.code]):
         return None
-    return _OVERFLOWED[quantizer.code]
-
-
-def _overflowed(code: torch.dtype) -> int | None:
-    huge = torch.tensor(1e9, device="cpu").to(code)
-    saturates = float(huge.float()) == torch.finfo(code).max
-    return None if saturates else int(huge.view(torch.uint8))
-
-
-# Asked here and not in a launch, which is also traced with fake tensors.
-_OVERFLOWED = {code: _overflowed(code) for code in _LARGEST}
+    return overflow_code(quantizer.code)
 
 
 @cache

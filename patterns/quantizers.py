@@ -12,8 +12,9 @@ from typing import Any
 import torch
 from torch import fx
 
+from fusion_pass.eager import eager_cast_saturates
 from fusion_pass.specs import CODE_DTYPES, Granularity, Quantizer, Rounding, SpecError
-from fusion_pass.terms import AMAX, Term, bounds
+from fusion_pass.terms import bounds, largest_quotient
 
 from .clamps import clamped
 from .grammar import (
@@ -168,32 +169,20 @@ def _spec(codes: fx.Node, match: Match) -> Quantizer:
 
 
 def _saturates(codes: fx.Node, match: Match) -> bool:
-    """Whether every value fits the codes; what fp8 casts do with values too large is theirs, and the kernels'."""
+    """Whether every value fits the codes, or eager code's cast and a compiler's treat those that do not alike.
+
+    Libraries leave the clamp out of what is compiled where compilers' casts saturate and eager's do not: torchao's MX casts.
+    """
+    code: Any = cast_dtype(codes)
     low, high = match.get("low"), match.get("high")
-    if cast_dtype(codes) is not torch.int8:
-        return high is None or bool(low < 0 < high)
-    if high is None:
-        return _largest_quotient(match["factor"], match["divides"]) <= 127 and match["quotient"] is torch.float32
-    return bool(-128 <= low < 0 < high <= 127)
-
-
-def _largest_quotient(term: Term, divides: bool) -> float:
-    """What |x| over its factor is at most, but for two roundings, where the factor is amax over or under a number."""
-    of_amax = term.args[0] if term.args else None
-    if divides and term.op == "div" and _covers_amax(of_amax):
-        return float(term.args[1]) if not isinstance(term.args[1], Term) else math.inf
-    if divides and term.op == "mul" and _covers_amax(of_amax) and not isinstance(term.args[1], Term):
-        return round(1 / term.args[1], 3)
-    reciprocal = isinstance(of_amax, Term) and of_amax.op == "reciprocal" and _covers_amax(of_amax.args[0])
-    if not divides and term.op == "mul" and reciprocal and not isinstance(term.args[1], Term):
-        return float(term.args[1])
-    return math.inf
-
-
-def _covers_amax(operand: Any) -> bool:
-    """Whether operand is amax, or amax bounded from below to a normal number."""
-    if not isinstance(operand, Term):
+    if high is not None:
+        return bool(low < 0 < high and (code is not torch.int8 or (low >= -128 and high <= 127)))
+    if match["quotient"] is not torch.float32:
         return False
-    if operand.op == "max" and operand.args[0] == AMAX:
-        return not isinstance(operand.args[1], Term) and operand.args[1] >= 2.0**-100
-    return False
+    largest = largest_quotient(match["factor"], match["divides"])
+    if code is torch.int8:
+        return largest <= 127 * (1 + 2.0**-20) and bounds(match["factor"])[0 if match["divides"] else 1] not in (
+            0,
+            math.inf,
+        )
+    return eager_cast_saturates(code) or largest <= torch.finfo(code).max * (1 + 2.0**-7)

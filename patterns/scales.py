@@ -313,7 +313,8 @@ class ScaleReader:
         if name in ("max", "min") and dtype(core) in _ROUNDINGS:
             operands = [o if isinstance(o, Term) else round_to(o, dtype(core)) for o in operands]
         if integers:
-            operands = [o if isinstance(o, Term) else int(o) for o in operands]
+            # Masks are written unsigned.
+            operands = [o if isinstance(o, Term) else (int(o) + 2**31) % 2**32 - 2**31 for o in operands]
         if name == "mul" and 1.0 in operands:
             return next(o for o in operands if isinstance(o, Term))
         if len({kind(o) for o in operands} - {"number", "bool"}) > 1:

@@ -1,0 +1,35 @@
+"""torchao's own MX casts, compiled as they are: every scale of every mode, byte for byte."""
+
+import pytest
+import torch
+
+from fusion_pass.backends import collecting
+from fusion_pass.sites import Report
+from fusion_pass.testing import compare
+
+mx_tensor = pytest.importorskip("torchao.prototype.mx_formats.mx_tensor")
+config = pytest.importorskip("torchao.prototype.mx_formats.config")
+
+
+def blocks_of_every_amax(device):
+    """Blocks of 32 values, one for each positive bfloat16, infinity and NaN, which is the block's amax."""
+    amaxes = torch.arange(1, 32768, dtype=torch.int16, device=device).view(torch.bfloat16)[: 32640 + 96]
+    shares = torch.randn(amaxes.numel(), 32, device=device).clamp(-1, 1)
+    blocks = (amaxes.float().unsqueeze(-1) * shares).to(torch.bfloat16)
+    blocks[:, 5] = amaxes
+    blocks[::3, 5] *= -1
+    return blocks.reshape(-1, 32 * 32)
+
+
+@pytest.mark.parametrize("mode", list(config.ScaleCalculationMode), ids=lambda mode: mode.name)
+def test_mxfp8_casts_fuse(mode, device):
+    def cast(x):
+        scales, codes = mx_tensor.to_mx(x, torch.float8_e4m3fn, 32, mode)
+        return codes, scales.view(torch.uint8)
+
+    x = blocks_of_every_amax(device)
+    report = Report()
+    actual = torch.compile(cast, backend=collecting(report), dynamic=False)(x)
+    assert [site.name for site in report.fused] == ["quant_mxfp8"]
+    result = compare(actual, cast(x))
+    assert result.equal, result
