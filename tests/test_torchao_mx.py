@@ -1,9 +1,12 @@
 """torchao's own MX casts, compiled as they are: every scale of every mode, byte for byte."""
 
+import random
+
 import pytest
 import torch
 
 from fusion_pass.backends import collecting
+from fusion_pass.eager import eager_cast_saturates
 from fusion_pass.sites import Report
 from fusion_pass.testing import compare
 
@@ -13,7 +16,10 @@ config = pytest.importorskip("torchao.prototype.mx_formats.config")
 
 def blocks_of_every_amax(device):
     """Blocks of 32 values, one for each positive bfloat16, infinity and NaN, which is the block's amax."""
-    amaxes = torch.arange(1, 32768, dtype=torch.int16, device=device).view(torch.bfloat16)[: 32640 + 96]
+    # All on a GPU, every fourth in Triton's interpreter, from a different one each time.
+    amaxes = torch.arange(1, 32768, dtype=torch.int16, device=device).view(torch.bfloat16)[:32736]
+    if device == "cpu":
+        amaxes = amaxes.view(-1, 4)[:, random.randrange(4)]
     shares = torch.randn(amaxes.numel(), 32, device=device).clamp(-1, 1)
     blocks = (amaxes.float().unsqueeze(-1) * shares).to(torch.bfloat16)
     blocks[:, 5] = amaxes
@@ -30,6 +36,10 @@ def test_mxfp8_casts_fuse(mode, device):
     x = blocks_of_every_amax(device)
     report = Report()
     actual = torch.compile(cast, backend=collecting(report), dynamic=False)(x)
-    assert [site.name for site in report.fused] == ["quant_mxfp8"]
+    # What is compiled has no clamp but with RCEIL: where eager's cast does not saturate it says something else than eager code.
+    fuses = mode.name == "RCEIL" or eager_cast_saturates(torch.float8_e4m3fn)
+    assert [site.name for site in report.fused] == ["quant_mxfp8"] * fuses
+    if not fuses:
+        return
     result = compare(actual, cast(x))
     assert result.equal, result
