@@ -24,7 +24,7 @@ def blocks_of_every_amax(device):
     blocks = (amaxes.float().unsqueeze(-1) * shares).to(torch.bfloat16)
     blocks[:, 5] = amaxes
     blocks[::3, 5] *= -1
-    return blocks.reshape(-1, 32 * 32)
+    return blocks.reshape(-1, 8 * 32)
 
 
 @pytest.mark.parametrize("mode", list(config.ScaleCalculationMode), ids=lambda mode: mode.name)
