@@ -16,15 +16,15 @@ config = pytest.importorskip("torchao.prototype.mx_formats.config")
 
 def blocks_of_every_amax(device):
     """Blocks of 32 values, one for each positive bfloat16, infinity and NaN, which is the block's amax."""
-    # All on a GPU, every fourth in Triton's interpreter, from a different one each time.
+    # All on a GPU, every eighth in Triton's interpreter, from a different one each time.
     amaxes = torch.arange(1, 32768, dtype=torch.int16, device=device).view(torch.bfloat16)[:32736]
     if device == "cpu":
-        amaxes = amaxes.view(-1, 4)[:, random.randrange(4)]
+        amaxes = amaxes.view(-1, 8)[:, random.randrange(8)]
     shares = torch.randn(amaxes.numel(), 32, device=device).clamp(-1, 1)
     blocks = (amaxes.float().unsqueeze(-1) * shares).to(torch.bfloat16)
     blocks[:, 5] = amaxes
     blocks[::3, 5] *= -1
-    return blocks.reshape(-1, 8 * 32)
+    return blocks.reshape(-1, 4 * 32)
 
 
 @pytest.mark.parametrize("mode", list(config.ScaleCalculationMode), ids=lambda mode: mode.name)
