@@ -23,6 +23,7 @@ from .patterns.norms import NormSite, recognise_norm
 from .patterns.opaque import (
     OpQuantizer,
     PackedActivation,
+    may_be_known,
     mismatch,
     recognise_op,
     recognise_quantizer_op,
@@ -63,7 +64,10 @@ class _Planner:
         self.devices = devices
         self.report = Report()
         # Most graphs quantize nothing: number their values only if they do.
-        self.casts = [n for n in graph.nodes if (casts_to_codes(n) or returns_codes(n)) and self._on_device(n)]
+        called = [n for n in graph.nodes if n.op == "call_function"]
+        self.known = [n for n in called if may_be_known(n)]
+        quantizers = {n for n in self.known if returns_codes(n)}
+        self.casts = [n for n in called if (n in quantizers or casts_to_codes(n)) and self._on_device(n)]
         self.order: dict[fx.Node, int] = {}
         self.produced: set[fx.Node] = set()
 
@@ -72,7 +76,7 @@ class _Planner:
         return value is not None and value.device.type in self.devices
 
     def run(self) -> Report:
-        for node in self.graph.nodes:
+        for node in self.known:
             if (reason := mismatch(node)) is not None:
                 self._refuse("op", reason, node)
         if self.casts:

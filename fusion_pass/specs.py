@@ -466,7 +466,12 @@ class FusedSpec:
 
     def encode(self) -> str:
         """The spec as text that :func:`decode` reads back; an op in a graph carries its spec this way."""
-        return _encode(self)
+        return _encoded(self)
+
+
+@cache
+def _encoded(spec: FusedSpec) -> str:
+    return _encode(spec)
 
 
 _CLASSES: dict[str, Any] = {cls.__name__: cls for cls in (NoPrologue, RMSNorm, GatedActivation, Quantizer, FusedSpec)}

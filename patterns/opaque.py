@@ -23,6 +23,7 @@ from .values import FLOATS, Values, dtype, same_shape, same_size, shape, tensor
 __all__ = [
     "OpQuantizer",
     "PackedActivation",
+    "may_be_known",
     "mismatch",
     "recognise_op",
     "recognise_quantizer_op",
@@ -65,6 +66,13 @@ class OpQuantizer(QuantizerSite):
     scale: fx.Node | None = None
     rows: tuple[Any, ...] | None = None
     strided: bool = False
+
+
+def may_be_known(node: fx.Node) -> bool:
+    """Whether node is, or is a result of, something else than an operation of PyTorch's own."""
+    source = node.args[0] if node.target is operator.getitem else node
+    target = source.target if isinstance(source, fx.Node) else None
+    return getattr(target, "namespace", None) not in ("aten", "prims", None)
 
 
 def returns_codes(node: fx.Node) -> bool:

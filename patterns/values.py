@@ -180,7 +180,7 @@ class Values:
 
 
 def _dims(sizes: Any) -> tuple[Any, ...]:
-    return tuple(s.node.expr if isinstance(s, torch.SymInt) else s for s in sizes)
+    return tuple([s.node.expr if isinstance(s, torch.SymInt) else s for s in sizes])
 
 
 def same_size(a: Any, b: Any) -> bool:
