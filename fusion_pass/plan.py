@@ -137,9 +137,6 @@ class _Planner:
             if site is None and not isinstance(quantizer, OpQuantizer):
                 site = self._bare(value, quantizer)
             if site is not None:
-                site = self._with_layout(site, claimed | {self.values.core(n) for n in site.nodes}, quantizer)
-            if site is not None:
-                site.shared_by = served
                 claimed_here = claimed | {self.values.core(n) for n in site.nodes}
                 site = self._with_layout(self._with_scale(site, quantizer, claimed_here), claimed_here, quantizer)
             if site is not None:
@@ -251,9 +248,9 @@ class _Planner:
 
     def _bare(self, value: fx.Node, quantizer: QuantizerSite) -> FusedSite | None:
         used = [n for n in self.values.chain(quantizer.x_used) if dtype(n) == dtype(value)]
-        row = self._row_of(used or [value], quantizer.spec.group)
-        x = row if row is not None else value
-        length = shape(x)[-1] if row is not None else quantizer.spec.group
+        presentation = self._row_of(used or [value], quantizer.spec.group)
+        x = value if presentation is None else presentation
+        length = quantizer.spec.group if presentation is None else shape(x)[-1]
         if not isinstance(length, int):
             self._refuse("quantizer", f"rows of {length} values; kernels take rows of a static length", value)
             return None
@@ -290,7 +287,8 @@ class _Planner:
         if not outside:
             return site
         core = min(outside, key=lambda n: self.order[n])
-        stored = core if _storable(core, read[core]) else next(iter(sorted(read, key=lambda n: self.order[n])))
+        # The amax itself always can be.
+        stored = core if _storable(core, read[core]) else min(read, key=lambda n: self.order[n])
         seen: set[fx.Node] = set()
         while len(outside) == 1:
             users = {self.values.core(user) for _, user in self._outside_uses(core, claimed | seen)}
