@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import fx
 
+from .mx_specs import MX_BLOCK, NVFP4_BLOCK
 from .specs import (
     DTYPE_NAMES,
     Activation,
@@ -23,9 +24,6 @@ from .specs import (
     Weight,
 )
 from .terms import Operand, Term, is_power_of_two
-
-# OCP Microscaling Formats 1.0: values per E8M0 scale.
-MX_BLOCK = 32
 
 
 @dataclass
@@ -161,7 +159,11 @@ def quantizer_name(quantizer: Quantizer) -> str:
     power_of_two = "_ue8m0" if is_power_of_two(_unbounded(quantizer.factor)) else ""
     as_bytes = quantizer.scale_dtype is torch.uint8
     if as_bytes and quantizer.group == MX_BLOCK and not prefix:
-        return "mxfp8"
+        return "mxfp8" if quantizer.e2m1 is None else "mxfp4"
+    if quantizer.e2m1 is not None:
+        prefix = "fp4_"
+        if quantizer.scale_dtype is torch.float8_e4m3fn and quantizer.group == NVFP4_BLOCK:
+            return "nvfp4"
     return f"{prefix}{granularity}{power_of_two}{'_bytes' if as_bytes else ''}"
 
 

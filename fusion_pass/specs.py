@@ -25,13 +25,16 @@ DTYPE_NAMES: dict[torch.dtype, str] = {
     torch.float8_e4m3fn: "e4m3fn",
     torch.float8_e4m3fnuz: "e4m3fnuz",
     torch.float8_e5m2: "e5m2",
+    torch.float4_e2m1fn_x2: "e2m1",
     torch.int8: "int8",
     torch.uint8: "uint8",
 }
 _DTYPES = {name: dtype for dtype, name in DTYPE_NAMES.items()}
 
 ROUNDING_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-CODE_DTYPES = (torch.float8_e4m3fn, torch.float8_e4m3fnuz, torch.float8_e5m2, torch.int8)
+CAST_DTYPES = (torch.float8_e4m3fn, torch.float8_e4m3fnuz, torch.float8_e5m2, torch.int8)
+CODE_DTYPES = (*CAST_DTYPES, torch.float4_e2m1fn_x2)
+SCALE_DTYPES = (torch.float32, torch.uint8, torch.float8_e4m3fn)
 
 
 class Weight(enum.Enum):
@@ -113,10 +116,45 @@ class Granularity(enum.Enum):
 
 
 class Rounding(enum.Enum):
-    """How a value becomes a code: as the cast rounds it, or to the nearest even integer first."""
+    """How a value becomes a code: as the cast rounds it, or to the nearest integer first, halves to even or from zero."""
 
     CAST = "cast"
     NEAREST_EVEN = "nearest_even"
+    HALF_AWAY = "half_away"
+
+
+class Ties(enum.Enum):
+    """How a value midway between two FP4 values is rounded: to the even code, away from zero or toward it."""
+
+    EVEN = "even"
+    AWAY = "away"
+    TOWARD_ZERO = "toward_zero"
+
+
+class Sign(enum.Enum):
+    """When an FP4 code has its sign bit."""
+
+    KEPT = "kept"  # as the value has, -0 included
+    NEGATIVE = "negative"  # if the value is below zero, also where it rounds to zero
+    NONZERO = "nonzero"  # if the value is below zero and the code is not
+
+
+@dataclass(frozen=True)
+class E2M1:
+    """How values become FP4 codes: the next of 0, 0.5, 1, 1.5, 2, 3, 4, 6 and their negatives; beyond 6 that is 6.
+
+    Attributes:
+        ties: how midpoints are rounded.
+        sign: when a code has its sign bit.
+        nan_code: the code of NaN, of whichever sign: E2M1 has none.
+    """
+
+    ties: Ties = Ties.EVEN
+    sign: Sign = Sign.KEPT
+    nan_code: int = 7
+
+    def __post_init__(self) -> None:
+        _require(0 <= self.nan_code <= 15, "nan_code", self.nan_code, "0 to 15")
 
 
 class ScaleLayout(enum.Enum):
@@ -235,11 +273,12 @@ class Quantizer:
     code = cast(clamp(round(value / factor))), or the product with factor.
 
     Attributes:
-        code: the fp8 dtype of the codes, or int8.
+        code: the dtype of the codes: fp8, int8, or float4_e2m1fn_x2, which is stored as bytes, the even element in the low
+            nibble.
         factor: what values are divided by or multiplied with: a term of amax, of the given scale, or of both.
         divides: whether values are divided by ``factor``, correctly rounded, or multiplied with it.
         scale: the scale that is returned, a term as well, or None for none.
-        scale_dtype: dtype in which it is returned: float32, or uint8 for E8M0 bytes.
+        scale_dtype: dtype in which it is returned: float32, uint8 for E8M0 bytes, or float8_e4m3fn.
         granularity: what shares one scale.
         group: values per scale along the row with ``Granularity.GROUP``, else None.
         quotient: dtype to which the quotient is rounded (float32: not rounded).
@@ -247,6 +286,7 @@ class Quantizer:
         clamp_low: lower bound, or None for -clamp.
         rounding: how values are rounded to codes.
         adds_zero: whether 0 is added after that, which makes a zero of every -0.
+        e2m1: how FP4 codes are formed; None for other codes.
     """
 
     code: torch.dtype
@@ -261,6 +301,7 @@ class Quantizer:
     clamp_low: float | None = None
     rounding: Rounding = Rounding.CAST
     adds_zero: bool = False
+    e2m1: E2M1 | None = None
 
     def __post_init__(self) -> None:
         _require(self.code in CODE_DTYPES, "code", self.code, ", ".join(map(str, CODE_DTYPES)))
@@ -275,9 +316,26 @@ class Quantizer:
         _require(self.clamp is None or self.clamp > 0, "clamp", self.clamp, "None or a positive number")
         _require(self.code is not torch.int8 or self.clamp is not None, "clamp", None, "a number for int8 codes")
         _require(kind(self.factor) == "f32", "factor", str(self.factor), "a float32 term")
-        _require(self.scale_dtype in (torch.float32, torch.uint8), "scale_dtype", self.scale_dtype, "float32 or uint8")
-        wanted = "f32" if self.scale_dtype is torch.float32 else "i32"
+        is_fp4 = self.code is torch.float4_e2m1fn_x2
+        _require((self.e2m1 is not None) is is_fp4, "e2m1", self.e2m1, "an E2M1 for FP4 codes, else None")
+        _require(
+            not is_fp4 or (grouped and self.group is not None and self.group % 2 == 0),
+            "group",
+            self.group,
+            "an even number for FP4 codes",
+        )
+        _require(self.scale_dtype in SCALE_DTYPES, "scale_dtype", self.scale_dtype, ", ".join(map(str, SCALE_DTYPES)))
+        wanted = "i32" if self.scale_dtype is torch.uint8 else "f32"
         _require(self.scale is None or kind(self.scale) == wanted, "scale", str(self.scale), f"None or a {wanted} term")
+
+    @property
+    def codes_per_byte(self) -> int:
+        return 1 if self.e2m1 is None else 2
+
+    @property
+    def stored(self) -> torch.dtype:
+        """The dtype in which ops return the codes."""
+        return self.code if self.e2m1 is None else torch.uint8
 
     @property
     def needs_amax(self) -> bool:
@@ -474,7 +532,9 @@ def _encoded(spec: FusedSpec) -> str:
     return _encode(spec)
 
 
-_CLASSES: dict[str, Any] = {cls.__name__: cls for cls in (NoPrologue, RMSNorm, GatedActivation, Quantizer, FusedSpec)}
+_CLASSES: dict[str, Any] = {
+    cls.__name__: cls for cls in (NoPrologue, RMSNorm, GatedActivation, E2M1, Quantizer, FusedSpec)
+}
 _TERM_FIELDS = ("factor", "scale")
 _ENUM_FIELDS: dict[str, type[enum.Enum]] = {
     "weight": Weight,
@@ -484,6 +544,8 @@ _ENUM_FIELDS: dict[str, type[enum.Enum]] = {
     "granularity": Granularity,
     "root": Root,
     "rounding": Rounding,
+    "ties": Ties,
+    "sign": Sign,
     "layout": ScaleLayout,
 }
 

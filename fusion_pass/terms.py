@@ -25,7 +25,7 @@ class TermError(ValueError):
 class Term:
     """One operation on terms and numbers, one value per scale.
 
-    Floats are float32 except between ``f64`` and ``f32``; ``bf16`` and ``f16`` round a value that stays float32. Integers are int32.
+    Floats are float32 except between ``f64`` and ``f32``; ``bf16``, ``f16`` and ``e4m3fn`` round a value that stays float32. Integers are int32.
 
     Attributes:
         op: ``amax``, ``given`` (a calibrated scalar the op reads), or a key of :data:`OPERATIONS`.
@@ -122,6 +122,13 @@ def _rounded(least: float, most: float) -> Callable[[Bounds], Bounds]:
     return result
 
 
+def _e4m3fn(a: Bounds) -> Bounds:
+    """Rounding to e4m3fn, which saturates: half a unit of its 4 bits, or of its subnormals."""
+    low, high = (max(-448.0, min(448.0, x)) for x in a)
+    low -= max(abs(low) * 2.0**-4, 2.0**-10)
+    return (0.0 if a[0] >= 0 else low) if low <= 0 else low, min(448.0, high + max(abs(high) * 2.0**-4, 2.0**-10))
+
+
 def _truth(*_: Bounds) -> Bounds:
     return 0.0, 1.0
 
@@ -142,6 +149,7 @@ _UNARY: dict[str, tuple[str, Callable[..., Bounds]]] = {
     "round": ("same", _monotone(_whole(round))),
     "bf16": ("f32", _rounded(2.0**-133, 3.3e38)),
     "f16": ("f32", _rounded(2.0**-24, 65000.0)),
+    "e4m3fn": ("f32", _e4m3fn),
     "f32": ("f32", _rounded(2.0**-149, 3.3e38)),
     "f64": ("f64", _same),
     "i32": ("i32", _same),

@@ -28,6 +28,8 @@ _TORCH_DTYPES = {
     tl.float8e4nv: torch.float8_e4m3fn,
     tl.float8e5: torch.float8_e5m2,
     tl.int8: torch.int8,
+    tl.int32: torch.int32,
+    tl.uint8: torch.uint8,
 }
 # The types numpy lacks travel through the interpreter as their bits.
 _BITS = {tl.bfloat16: torch.uint16, tl.float8e4nv: torch.uint8, tl.float8e5: torch.uint8}
@@ -73,6 +75,9 @@ if INTERPRETED:
     nearest_even, ceiling, floor, logarithm2, exponential2 = map(
         _by_torch, (torch.round, torch.ceil, torch.floor, torch.log2, torch.exp2)
     )
+
+    def nearest_away(x):
+        return _by_torch(lambda t: torch.where((t - t.trunc()).abs() >= 0.5, t.trunc() + t.sign(), t.trunc()))(x)
 
     def power_of_two(x):
         return _from_torch(torch.pow(2.0, _to_torch(x)), x.dtype.scalar)
@@ -159,6 +164,11 @@ else:
     def nearest_even(x):
         """torch.round: the nearest integer, halves to even."""
         return libdevice.rint(x)
+
+    @triton.jit
+    def nearest_away(x):
+        """The nearest integer, halves away from zero."""
+        return libdevice.round(x)
 
     @triton.jit
     def ceiling(x):
@@ -272,36 +282,82 @@ def cast_fnuz(q, OVERFLOW: tl.constexpr):
 
 
 @triton.jit
+def e2m1_code(v, TIES: tl.constexpr, SIGN: tl.constexpr, NAN_CODE: tl.constexpr):
+    """The four bits, as int32, of the E2M1 value next to the f32 ``v``; magnitudes above 6 give 6.
+
+    From 1 on, rounding is an addition to the bits that carries into what is kept: two exponent bits, one mantissa bit.
+    Below 1 the values 0, 0.5 and 1 are one step apart, so that the two midpoints are compared with.
+    """
+    bits = v.to(tl.int32, bitcast=True)
+    unsigned = bits & 0x7FFFFFFF
+    magnitude = tl.minimum(unsigned, 0x40C00000)
+    if TIES == "away":
+        half = 0x200000
+    elif TIES == "even":
+        half = 0x1FFFFF + ((magnitude >> 22) & 1)
+    else:
+        half = 0x1FFFFF
+    normal = ((magnitude + half) >> 22) - 252
+    # Midpoints .25, between codes 0 and 1, and .75, between 1 and 2; one bit more where the tie goes down.
+    quarter: tl.constexpr = 0x3E800000 if TIES == "away" else 0x3E800001
+    three_quarters: tl.constexpr = 0x3F400001 if TIES == "toward_zero" else 0x3F400000
+    small = (magnitude >= quarter).to(tl.int32) + (magnitude >= three_quarters).to(tl.int32)
+    code = tl.where(magnitude < 0x3F800000, small, normal)
+    if SIGN == "kept":
+        code |= (bits >> 28) & 8
+    elif SIGN == "negative":
+        code |= tl.where(v < 0, 8, 0)
+    else:
+        code |= tl.where((v < 0) & (code != 0), 8, 0)
+    return tl.where(unsigned > 0x7F800000, NAN_CODE, code)
+
+
+@triton.jit
+def pack_nibbles(code):
+    """(ROWS, GROUPS, LANES) codes of four bits as (ROWS, GROUPS, LANES // 2) bytes, the even element in the low nibble."""
+    low, high = tl.split(tl.reshape(code, (code.shape[0], code.shape[1], code.shape[2] // 2, 2)))
+    return (low | (high << 4)).to(tl.uint8)
+
+
+@triton.jit
 def codes(
     y,
     factor,
     DIVIDES: tl.constexpr,
     ORDINARY: tl.constexpr,
     QUOTIENT_ROUNDING: tl.constexpr,
-    NEAREST_EVEN: tl.constexpr,
+    WHOLE: tl.constexpr,
     ADDS_ZERO: tl.constexpr,
     CLAMP_LOW: tl.constexpr,
     CLAMP: tl.constexpr,
     LARGEST: tl.constexpr,
     OVERFLOW: tl.constexpr,
+    TIES: tl.constexpr,
+    SIGN: tl.constexpr,
+    NAN_CODE: tl.constexpr,
     dtype: tl.constexpr,
 ):
     """cast(clamp(round(y / factor))), or with DIVIDES false cast(clamp(round(y * factor))); factor broadcasts against y.
 
-    OVERFLOW None: the cast saturates, or the clamp leaves it nothing to saturate.
+    OVERFLOW None: the cast saturates, or the clamp leaves it nothing to saturate. TIES, SIGN and NAN_CODE: of FP4 codes,
+    which come as int32, one per element.
     """
     if DIVIDES:
         q = divide(y, factor, ORDINARY)
     else:
         q = y * factor
     q = round_to(q, QUOTIENT_ROUNDING)
-    if NEAREST_EVEN:
+    if WHOLE == "nearest_even":
         q = nearest_even(q)
+    elif WHOLE == "half_away":
+        q = nearest_away(q)
     if ADDS_ZERO:
         q = tl.where(q == 0.0, 0.0, q)
     if CLAMP is not None:
         q = tl.clamp(q, CLAMP_LOW, CLAMP, propagate_nan=tl.PropagateNan.ALL)
-    if dtype == tl.uint8:
+    if TIES is not None:
+        code = e2m1_code(q, TIES, SIGN, NAN_CODE)
+    elif dtype == tl.uint8:
         code = cast_fnuz(q, OVERFLOW)
     elif OVERFLOW is not None:
         code = cast_overflowing(q, LARGEST, OVERFLOW, dtype)

@@ -13,6 +13,7 @@ from .arithmetic import (
     codes,
     gelu,
     gelu_tanh,
+    pack_nibbles,
     reciprocal_root,
     root,
     round_to,
@@ -178,18 +179,21 @@ def fused_quant_kernel(
     DIVIDES: tl.constexpr,
     ORDINARY: tl.constexpr,
     QUOTIENT_ROUNDING: tl.constexpr,
-    NEAREST_EVEN: tl.constexpr,
+    WHOLE: tl.constexpr,
     ADDS_ZERO: tl.constexpr,
     CLAMP_LOW: tl.constexpr,
     CLAMP: tl.constexpr,
     LARGEST: tl.constexpr,
     OVERFLOW: tl.constexpr,
+    TIES: tl.constexpr,
+    SIGN: tl.constexpr,
+    NAN_CODE: tl.constexpr,
     LAYOUT: tl.constexpr,
 ):
     """One program: a tile of ROWS rows x GROUPS groups x LANES >= GROUP values; a norm needs tiles of whole rows.
 
     x and other: (M, N), rows at ``x_stride`` and ``other_stride``; other is a norm's residual or an activation's up half.
-    weight: (N,). given: a scalar. code, sum, value: (M, N) contiguous. scale: (M, N // GROUP), or
+    weight: (N,). given: a scalar. code, sum, value: (M, N) contiguous, FP4 codes in pairs: (M, N // 2). scale: (M, N // GROUP), or
     consecutive matrices in LAYOUT, each for ``scale_rows`` rows; one value if a tensor shares it. Absent tensors and what goes
     with them are None.
 
@@ -267,15 +271,24 @@ def fused_quant_kernel(
             DIVIDES,
             ORDINARY,
             QUOTIENT_ROUNDING,
-            NEAREST_EVEN,
+            WHOLE,
             ADDS_ZERO,
             CLAMP_LOW,
             CLAMP,
             LARGEST,
             OVERFLOW,
+            TIES,
+            SIGN,
+            NAN_CODE,
             code_ptr.dtype.element_ty,
         )
-        tl.store(code_ptr + out, code, mask)
+        if TIES is None:
+            tl.store(code_ptr + out, code, mask)
+        else:
+            pairs = tl.arange(0, LANES // 2)[None, None, :]
+            at = rows * (N // 2) + groups * (GROUP // 2) + pairs
+            present_pairs = (rows < M) & (groups < N // GROUP) & (pairs < GROUP // 2)
+            tl.store(code_ptr + at, pack_nibbles(code), present_pairs)
         if scale_ptr is not None:
             if PEAK != "group":
                 at = tl.full([1, 1, 1], 0, tl.int32)
@@ -284,4 +297,4 @@ def fused_quant_kernel(
                 at = rows * (N // GROUP) + groups
             else:
                 at = scale_address(rows, groups, scale_rows, N // GROUP, LAYOUT)
-            tl.store(scale_ptr + at, scale.to(scale_ptr.dtype.element_ty), present)
+            tl.store(scale_ptr + at, cast(scale, scale_ptr.dtype.element_ty), present)

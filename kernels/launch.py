@@ -24,7 +24,7 @@ from fusion_pass.specs import (
     ScaleLayout,
     Weight,
 )
-from fusion_pass.terms import bounds
+from fusion_pass.terms import Term, bounds, is_power_of_two
 
 from .arithmetic import INTERPRETED
 from .fused_quant import fused_quant_kernel
@@ -119,7 +119,7 @@ def launch(
         given: one float, the calibrated scale that the quantizer's terms read.
 
     Returns:
-        codes (..., N); the scale if the spec returns one: (..., N // group), as its layout stores it, or (1,) for a whole
+        codes (..., N), or for FP4 (..., N // 2); the scale if the spec returns one: (..., N // group), as its layout stores it, or (1,) for a whole
         tensor; then the residual sum and the prologue's value if the spec asks for them. All contiguous.
     """
     return finish(spec, launch_into_buffers(spec, x, other, weight, given))
@@ -194,7 +194,8 @@ def allocate(spec: FusedSpec, x: torch.Tensor) -> list[torch.Tensor]:
     """The outputs of ``spec`` for an input like x, uninitialised but for padding of the scales."""
     quantizer = spec.quantizer
     lead = list(x.shape[:-1])
-    outputs = [torch.empty(x.shape, dtype=quantizer.code, device=x.device)]
+    codes = [*lead, x.shape[-1] // quantizer.codes_per_byte]
+    outputs = [torch.empty(codes, dtype=quantizer.stored, device=x.device)]
     if quantizer.scale is not None:
         groups = x.shape[-1] // (quantizer.group or x.shape[-1])
         scale, padded = [*lead, groups], False
@@ -220,7 +221,8 @@ def _buffers(spec: FusedSpec, x: torch.Tensor) -> list[torch.Tensor]:
 def finish(spec: FusedSpec, buffers: list[torch.Tensor]) -> list[torch.Tensor]:
     """The outputs, of the buffers that kernels wrote."""
     codes, *others = buffers
-    return [codes if codes.dtype is spec.quantizer.code else codes.view(spec.quantizer.code), *others]
+    stored = spec.quantizer.stored
+    return [codes if codes.dtype is stored else codes.view(stored), *others]
 
 
 def _rows(x: torch.Tensor) -> tuple[torch.Tensor, int]:
@@ -238,6 +240,8 @@ def _rows(x: torch.Tensor) -> tuple[torch.Tensor, int]:
 
 def _cast_clamps(quantizer: Quantizer) -> bool:
     """Whether the device's cast clamps to the bounds by itself; the interpreter's cast is PyTorch's, which may not."""
+    if quantizer.e2m1 is not None:
+        return quantizer.clamp is not None and quantizer.clamp >= 6.0 and (quantizer.clamp_low or -6.0) <= -6.0
     emulated = quantizer.code in (torch.int8, torch.float8_e4m3fnuz)
     if INTERPRETED or emulated or quantizer.clamp_low is not None:
         return False
@@ -250,9 +254,14 @@ def _ordinary(quantizer: Quantizer) -> bool:
     return least >= 2.0**-80 and most <= 2.0**126
 
 
+def _has_exact_reciprocal(quantizer: Quantizer) -> bool:
+    """Whether dividing is multiplying: the divisor is a power of two whose reciprocal float32 holds, infinite or NaN."""
+    return quantizer.divides and is_power_of_two(quantizer.factor) and bounds(quantizer.factor)[0] >= 2.0**-126
+
+
 def _overflow(quantizer: Quantizer) -> int | None:
     """The code of a value too large for the dtype, or None where no value is or the cast saturates."""
-    if quantizer.code is torch.int8 or (quantizer.clamp is not None and quantizer.clamp <= _LARGEST[quantizer.code]):
+    if quantizer.code not in _LARGEST or (quantizer.clamp is not None and quantizer.clamp <= _LARGEST[quantizer.code]):
         return None
     return overflow_code(quantizer.code)
 
@@ -304,16 +313,22 @@ def constants(spec: FusedSpec) -> dict[str, Any]:
             "OFFSET": prologue.offset,
             "SIGMOID_ROUNDING": DTYPE_NAMES[prologue.inner],
         }
+    by_reciprocal = _has_exact_reciprocal(quantizer)
     return arguments | {
-        "PROGRAM": program(quantizer.factor, quantizer.scale),
-        "DIVIDES": quantizer.divides,
+        "PROGRAM": program(
+            Term("reciprocal", (quantizer.factor,)) if by_reciprocal else quantizer.factor, quantizer.scale
+        ),
+        "DIVIDES": quantizer.divides and not by_reciprocal,
         "ORDINARY": _ordinary(quantizer),
         "QUOTIENT_ROUNDING": DTYPE_NAMES[quantizer.quotient],
-        "NEAREST_EVEN": quantizer.rounding is Rounding.NEAREST_EVEN,
+        "WHOLE": None if quantizer.rounding is Rounding.CAST else quantizer.rounding.value,
         "ADDS_ZERO": quantizer.adds_zero,
         "CLAMP": None if _cast_clamps(quantizer) else quantizer.clamp,
         "CLAMP_LOW": quantizer.clamp_low if quantizer.clamp_low is not None else -(quantizer.clamp or 0.0),
         "LARGEST": _LARGEST.get(quantizer.code),
         "OVERFLOW": _overflow(quantizer),
+        "TIES": None if quantizer.e2m1 is None else quantizer.e2m1.ties.value,
+        "SIGN": None if quantizer.e2m1 is None else quantizer.e2m1.sign.value,
+        "NAN_CODE": None if quantizer.e2m1 is None else quantizer.e2m1.nan_code,
         "LAYOUT": spec.layout.value,
     }

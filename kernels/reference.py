@@ -13,6 +13,7 @@ import torch.nn.functional as F  # noqa: N812
 
 from fusion_pass.addresses import address, allocated
 from fusion_pass.specs import (
+    E2M1,
     Activation,
     FusedSpec,
     GatedActivation,
@@ -23,6 +24,8 @@ from fusion_pass.specs import (
     Root,
     Rounding,
     ScaleLayout,
+    Sign,
+    Ties,
     Weight,
 )
 from fusion_pass.terms import LEAVES, Operand, Term, kind
@@ -139,18 +142,41 @@ def _quantize(quantizer: Quantizer, value: torch.Tensor, given: torch.Tensor | N
     quotient = _round(grouped / factor if quantizer.divides else grouped * factor, quantizer.quotient)
     if quantizer.rounding is Rounding.NEAREST_EVEN:
         quotient = quotient.round()
+    elif quantizer.rounding is Rounding.HALF_AWAY:
+        whole = quotient.trunc()
+        quotient = torch.where((quotient - whole).abs() >= 0.5, whole + quotient.sign(), whole)
     if quantizer.adds_zero:
         quotient = quotient + 0.0
     if quantizer.clamp is not None:
         low = -quantizer.clamp if quantizer.clamp_low is None else quantizer.clamp_low
         quotient = quotient.clamp(low, quantizer.clamp)
-    outputs = [quotient.to(quantizer.code).reshape(value.shape).contiguous()]
+    if quantizer.e2m1 is None:
+        outputs = [quotient.to(quantizer.code).reshape(value.shape).contiguous()]
+    else:
+        codes = e2m1_codes(quantizer.e2m1, quotient).reshape(value.shape)
+        outputs = [codes[..., ::2] | codes[..., 1::2] << 4]
     if quantizer.scale is not None:
         scale = evaluate(quantizer.scale, leaves)
         assert isinstance(scale, torch.Tensor)
         tensor = quantizer.granularity is Granularity.TENSOR
         outputs.append((scale.reshape(1) if tensor else scale.squeeze(-1)).to(quantizer.scale_dtype).contiguous())
     return outputs
+
+
+def e2m1_codes(rule: E2M1, value: torch.Tensor) -> torch.Tensor:
+    """The FP4 codes of f32 values, one per byte, by comparison with the seven midpoints."""
+    midpoints = torch.tensor([0.25, 0.75, 1.25, 1.75, 2.5, 3.5, 5.0], device=value.device)
+    magnitude = value.abs()
+    # A midpoint itself counts as reached, or as not reached.
+    reached, passed = (torch.bucketize(magnitude, midpoints, right=right) for right in (True, False))
+    to_even = torch.where(reached % 2 == 0, reached, passed)
+    code = {Ties.AWAY: reached, Ties.TOWARD_ZERO: passed, Ties.EVEN: to_even}[rule.ties]
+    signed = {
+        Sign.KEPT: value.signbit(),
+        Sign.NEGATIVE: value < 0,
+        Sign.NONZERO: (value < 0) & (code != 0),
+    }[rule.sign]
+    return torch.where(value.isnan(), rule.nan_code, code | signed.to(code.dtype) << 3).to(torch.uint8)
 
 
 _DTYPES = {
@@ -204,6 +230,8 @@ def evaluate(operand: Operand, leaves: Mapping[str, torch.Tensor | None], like: 
     values = [evaluate(a, leaves, like) for a in operand.args]
     if operand.op in ("bf16", "f16"):
         return _round(values[0], _DTYPES[operand.op])
+    if operand.op == "e4m3fn":
+        return _round(values[0].clamp(-448.0, 448.0), torch.float8_e4m3fn)
     if operand.op in _DTYPES:
         return values[0].to(_DTYPES[operand.op])
     return _OPERATIONS[operand.op](*values)

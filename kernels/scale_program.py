@@ -58,7 +58,7 @@ def program(*terms: Term | None) -> str:
 
 
 def _family(op: str) -> str:
-    if op in ("bf16", "f16", "f32", "f64", "i32", "u8"):
+    if op in ("bf16", "f16", "e4m3fn", "f32", "f64", "i32", "u8"):
         return "conversion"
     if op == "where" or OPERATIONS[op].kind == "same":
         return "where" if op == "where" else "arithmetic"
@@ -185,6 +185,9 @@ def conversion_step(OP: tl.constexpr, a):
         r = cast(cast(a, tl.bfloat16), tl.float32)
     elif OP == "f16":
         r = cast(cast(a, tl.float16), tl.float32)
+    elif OP == "e4m3fn":
+        # The interpreter's cast is PyTorch's, which has not always saturated.
+        r = cast(cast(tl.clamp(a, -448.0, 448.0, propagate_nan=tl.PropagateNan.ALL), tl.float8e4nv), tl.float32)
     elif OP == "f32":
         r = a.to(tl.float32)
     elif OP == "f64":

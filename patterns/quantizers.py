@@ -13,7 +13,7 @@ import torch
 from torch import fx
 
 from fusion_pass.eager import eager_cast_saturates
-from fusion_pass.specs import CODE_DTYPES, Granularity, Quantizer, Rounding, SpecError
+from fusion_pass.specs import CAST_DTYPES, Granularity, Quantizer, Rounding, SpecError
 from fusion_pass.terms import bounds, largest_quotient
 
 from .clamps import clamped
@@ -89,7 +89,7 @@ class QuantizerSite:
 
 def casts_to_codes(node: fx.Node) -> bool:
     """Whether node casts floats to a dtype of codes."""
-    if node.op != "call_function" or cast_dtype(node) not in CODE_DTYPES:
+    if node.op != "call_function" or cast_dtype(node) not in CAST_DTYPES:
         return False
     source: Any = node.args[0]
     return dtype(source) in FLOATS

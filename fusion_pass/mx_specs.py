@@ -1,0 +1,198 @@
+"""Quantizers of the microscaling formats: blocks of values that share one E8M0 or e4m3fn scale.
+
+An E8M0 scale is a byte b that stands for 2^(b - 127). Everything here is written in terms, integer operations on the bits
+of amax, so that no approximate logarithm decides about an exponent.
+"""
+
+from __future__ import annotations
+
+import enum
+from dataclasses import dataclass
+
+import torch
+
+from .specs import E2M1, Granularity, Quantizer, SpecError, reciprocal_of
+from .terms import AMAX, GIVEN, Operand, Term
+
+# OCP Microscaling Formats 1.0, and NVFP4: values per scale.
+MX_BLOCK = 32
+NVFP4_BLOCK = 16
+
+_INFINITY_BITS = 0x7F800000
+_MANTISSA = 0x7FFFFF
+_NAN_BYTE = 255
+
+
+class ScaleMode(enum.Enum):
+    """How the byte comes from a block's amax. With 2^p the largest power of two of the element and MAX its largest value:
+
+    FLOOR: the exponent of amax, minus p: the OCP minimum; values beyond MAX saturate.
+    RCEIL: the least scale with amax / scale <= MAX.
+    CEIL: the exponent of amax rounded up to a power of two, minus p.
+    EVEN: the exponent of amax rounded to the element's mantissa bits, halves up, minus p; values beyond MAX saturate.
+    """
+
+    FLOOR = "floor"
+    RCEIL = "rceil"
+    CEIL = "ceil"
+    EVEN = "even"
+
+
+class Multiplier(enum.Enum):
+    """What the values of a block are multiplied by: 2^(127 - byte), and at the ends of the bytes
+
+    EXACT: 2^127 for byte 0, NaN for byte 255.
+    DIVISION: 2^126 for byte 0 and 0 for byte 255, as a division by the float32 of bits ``byte << 23``, at least 2^-126.
+    UNIT: 1 for byte 0, NaN for byte 255.
+    """
+
+    EXACT = "exact"
+    DIVISION = "division"
+    UNIT = "unit"
+
+
+@dataclass(frozen=True)
+class Element:
+    """An MX element format.
+
+    Attributes:
+        exponent: p, where 2^p is the largest power of two.
+        mantissa_bits: explicit bits of the mantissa.
+        largest: the largest value, whose float32 mantissa field is ``largest_mantissa``.
+    """
+
+    exponent: int
+    mantissa_bits: int
+    largest: float
+    largest_mantissa: int
+
+
+ELEMENTS = {
+    torch.float4_e2m1fn_x2: Element(2, 1, 6.0, 0x400000),
+    torch.float8_e4m3fn: Element(8, 3, 448.0, 0x600000),
+    torch.float8_e5m2: Element(15, 2, 57344.0, 0x600000),
+}
+
+
+def mx_quantizer(
+    code: torch.dtype = torch.float8_e4m3fn,
+    mode: ScaleMode = ScaleMode.RCEIL,
+    *,
+    multiplier: Multiplier = Multiplier.EXACT,
+    e2m1: E2M1 | None = None,
+    zero_byte: int = 0,
+    infinity_byte: int | None = None,
+    block: int = MX_BLOCK,
+) -> Quantizer:
+    """Blocks with one E8M0 scale: data at the scale's multiplier, and the scale's byte. NaN makes the byte 255.
+
+    Args:
+        code: torch.float8_e4m3fn, torch.float8_e5m2 or torch.float4_e2m1fn_x2.
+        mode: how the byte comes from amax.
+        multiplier: what values are multiplied by.
+        e2m1: how FP4 codes are formed; None for the default of FP4, and for FP8.
+        zero_byte: the byte of a block of zeros.
+        infinity_byte: the byte where amax, rounded as ``mode`` says, is infinite; None for the one its exponent gives,
+            which under RCEIL is 254.
+        block: values per scale.
+
+    Raises:
+        SpecError: a value is not allowed; the message names it.
+
+    Source: OCP Microscaling Formats 1.0; torchao ``to_mx``; TransformerEngine pull request 422; aiter.
+    """
+    if code not in ELEMENTS:
+        raise SpecError(f"code is {code}; allowed: {', '.join(map(str, ELEMENTS))}")
+    for name, byte in (("zero_byte", zero_byte), ("infinity_byte", infinity_byte)):
+        if byte is not None and not 0 <= byte <= _NAN_BYTE:
+            raise SpecError(f"{name} is {byte}; allowed: 0 to {_NAN_BYTE}")
+    if code is torch.float4_e2m1fn_x2:
+        e2m1 = e2m1 or E2M1()
+    element = ELEMENTS[code]
+    byte = _byte(element, mode, zero_byte, infinity_byte)
+    return Quantizer(
+        code=code,
+        factor=_factor(byte, multiplier),
+        divides=multiplier is Multiplier.DIVISION,
+        scale=Term("u8", (byte,)),
+        scale_dtype=torch.uint8,
+        granularity=Granularity.GROUP,
+        group=block,
+        clamp=element.largest,
+        e2m1=e2m1,
+    )
+
+
+def _byte(element: Element, mode: ScaleMode, zero_byte: int, infinity_byte: int | None) -> Term:
+    """The byte, as int32, of a block with the given amax.
+
+    RCEIL is the ceiling of the exponent of amax / MAX, correctly rounded to f32. Where the quotient is normal that is a
+    comparison of mantissas: the next f32 above MAX * 2^k has a quotient more than half an ulp above 2^k. Around 2^-127,
+    in the subnormals, a quotient is a multiple of 2^-149, and only an amax two ulps above MAX * 2^-127 gives more than that.
+    """
+    bits = Term("bits", (AMAX,))
+    finite = Term("min", (bits, _INFINITY_BITS))
+    exponent = Term("shr", (finite, 23))
+    mantissa = Term("bit_and", (finite, _MANTISSA))
+    is_infinite = Term("eq", (finite, _INFINITY_BITS))
+    if mode is ScaleMode.CEIL:
+        exponent = Term("add", (exponent, _flag("ne", mantissa, 0)))
+    elif mode is ScaleMode.EVEN:
+        exponent = Term("shr", (Term("add", (finite, 1 << (22 - element.mantissa_bits))), 23))
+    elif mode is ScaleMode.RCEIL:
+        threshold = Term("add", (_flag("eq", exponent, element.exponent), element.largest_mantissa))
+        exponent = Term("add", (exponent, _flag("gt", mantissa, threshold)))
+        infinity_byte = 254 if infinity_byte is None else infinity_byte
+    if mode in (ScaleMode.CEIL, ScaleMode.EVEN):
+        is_infinite = Term("eq", (exponent, 255))
+    byte = Term("max", (Term("sub", (exponent, element.exponent)), 0))
+    if infinity_byte is not None:
+        byte = Term("where", (is_infinite, infinity_byte, byte))
+    if zero_byte:
+        byte = Term("where", (Term("eq", (bits, 0)), zero_byte, byte))
+    return Term("where", (Term("gt", (bits, _INFINITY_BITS)), _NAN_BYTE, byte))
+
+
+def _flag(comparison: str, a: Operand, b: Operand) -> Term:
+    return Term("i32", (Term(comparison, (a, b)),))
+
+
+def _factor(byte: Term, multiplier: Multiplier) -> Term:
+    if multiplier is Multiplier.DIVISION:
+        return Term("max", (Term("from_bits", (Term("shl", (byte, 23)),)), 2.0**-126))
+    # 2^-127 is a subnormal.
+    bits = Term("where", (Term("eq", (byte, 254)), 0x00400000, Term("shl", (Term("sub", (254, byte)), 23))))
+    if multiplier is Multiplier.UNIT:
+        bits = Term("where", (Term("eq", (byte, 0)), 0x3F800000, bits))
+    return Term("from_bits", (Term("where", (Term("eq", (byte, _NAN_BYTE)), 0x7FC00000, bits)),))
+
+
+def nvfp4_quantizer(*, global_scale: bool = False, divides: bool = False, e2m1: E2M1 | None = None) -> Quantizer:
+    """Blocks of 16 FP4 values with one e4m3fn scale, amax / 6 between 2^-6 and 448.
+
+    Args:
+        global_scale: whether block scales are themselves divided by a dequantization scale of the tensor, which the op reads.
+        divides: whether amax is divided by 6, correctly rounded as on a CPU, or multiplied by f32(1 / 6) as eager code
+            does on CUDA.
+        e2m1: how FP4 codes are formed; None for the default.
+
+    Source: torchao ``nvfp4_quantize``.
+    """
+    wanted = Term("div", (AMAX, 6.0)) if divides else Term("mul", (AMAX, reciprocal_of(6.0)))
+    if global_scale:
+        wanted = Term("div", (wanted, GIVEN))
+    scale = Term("e4m3fn", (Term("min", (Term("max", (wanted, 2.0**-6)), 448.0)),))
+    factor = Term("reciprocal", (scale,))
+    if global_scale:
+        factor = Term("div", (Term("reciprocal", (GIVEN,)), scale))
+    return Quantizer(
+        code=torch.float4_e2m1fn_x2,
+        factor=factor,
+        divides=False,
+        scale=scale,
+        scale_dtype=torch.float8_e4m3fn,
+        granularity=Granularity.GROUP,
+        group=NVFP4_BLOCK,
+        clamp=6.0,
+        e2m1=e2m1 or E2M1(),
+    )
