@@ -130,7 +130,8 @@ def _byte(element: Element, mode: ScaleMode, zero_byte: int, infinity_byte: int 
     comparison of mantissas: the next f32 above MAX * 2^k has a quotient more than half an ulp above 2^k. Around 2^-127,
     in the subnormals, a quotient is a multiple of 2^-149, and only an amax two ulps above MAX * 2^-127 gives more than that.
     """
-    bits = Term("bits", (AMAX,))
+    # NaN comes with either sign.
+    bits = Term("bit_and", (Term("bits", (AMAX,)), 0x7FFFFFFF))
     finite = Term("min", (bits, _INFINITY_BITS))
     exponent = Term("shr", (finite, 23))
     mantissa = Term("bit_and", (finite, _MANTISSA))

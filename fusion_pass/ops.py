@@ -16,7 +16,10 @@ from typing import NamedTuple
 
 import torch
 
+from .cast_transpose import LINEAR, CastTransposed, CastTransposeSpec, Placement
 from .kernels.arithmetic import INTERPRETED
+from .kernels.cast_transpose import launch as launch_cast_transpose
+from .kernels.cast_transpose import plain as plain_cast_transpose
 from .kernels.launch import allocate, check_row, launch
 from .kernels.reference import reference
 from .specs import (
@@ -46,6 +49,7 @@ _library = torch.library.Library("fusion_pass", "DEF")
 _library.define("quant(Tensor x, Tensor? given, str spec) -> Tensor[]")
 _library.define("rms_norm_quant(Tensor x, Tensor? residual, Tensor? weight, Tensor? given, str spec) -> Tensor[]")
 _library.define("act_mul_quant(Tensor gate, Tensor? up, Tensor? given, str spec) -> Tensor[]")
+_library.define("cast_transpose(Tensor x, str quantizer, str? rowwise, str? columnwise) -> Tensor[]")
 
 
 @dataclass(frozen=True)
@@ -135,6 +139,26 @@ for _name, _implementation in _implementations(_run).items():
         _library.impl(_name, _implementation, _key)
 for _name, _implementation in _implementations(_fake).items():
     torch.library.register_fake(f"fusion_pass::{_name}", _implementation, lib=_library)
+
+
+def _cast_transpose(x: torch.Tensor, *arguments: str) -> list[torch.Tensor]:
+    spec = CastTransposeSpec.of_arguments(*arguments)
+    spec.check(x)
+    if x.numel() == 0:
+        return spec.allocate(x)
+    run = plain_cast_transpose if x.device.type == "cpu" and not INTERPRETED else launch_cast_transpose
+    return run(spec, x)
+
+
+def _fake_cast_transpose(x: torch.Tensor, *arguments: str) -> list[torch.Tensor]:
+    spec = CastTransposeSpec.of_arguments(*arguments)
+    spec.check(x)
+    return spec.allocate(x)
+
+
+for _key in ("CPU", "CUDA"):
+    _library.impl("cast_transpose", _cast_transpose, _key)
+torch.library.register_fake("fusion_pass::cast_transpose", _fake_cast_transpose, lib=_library)
 
 OPS: dict[type[Prologue], torch._ops.OpOverload] = {
     NoPrologue: torch.ops.fusion_pass.quant.default,
@@ -257,3 +281,33 @@ def silu_mul_quant_fp8(
     activation = GatedActivation(activated=gate.dtype, product=gate.dtype)
     spec = FusedSpec(activation, _quantizer(dtype, group, amax_floor), _layout(column_scales))
     return Quantized(*torch.ops.fusion_pass.act_mul_quant(gate, up, None, spec.encode()))
+
+
+def cast_transpose(
+    x: torch.Tensor,
+    quantizer: Quantizer,
+    *,
+    rowwise: Placement | None = LINEAR,
+    columnwise: Placement | None = LINEAR,
+) -> CastTransposed:
+    """Quantize x and its transpose in blocks along their rows, reading x once.
+
+    Args:
+        x: (..., N) float32, bfloat16 or float16, whose leading dims count as one of M rows; M and N multiples of the block.
+        quantizer: blocks of 16 to 128 values with a scale each, as :func:`fusion_pass.mx_specs.mx_quantizer` makes.
+        rowwise, columnwise: where each direction's results lie, or None if it is not wanted.
+
+    Returns:
+        ``rowwise`` (M, N) codes, for FP4 (M, N // 2) bytes, with (M, N // block) scales as their placement stores them;
+        ``columnwise`` (N, M) or (N, M // 2), with (N, M // block) scales.
+
+    Raises:
+        ValueError: x or a placement is not allowed; the message names it.
+        SpecError: the quantizer has no block scales.
+
+    Source: TransformerEngine pull request 422; torchao's dim-1 MX casts.
+    """
+    spec = CastTransposeSpec(quantizer, rowwise, columnwise)
+    results = iter(torch.ops.fusion_pass.cast_transpose(x, *spec.arguments()))
+    present = (rowwise, rowwise, columnwise, columnwise)
+    return CastTransposed(*(None if placement is None else next(results) for placement in present))

@@ -115,7 +115,7 @@ def gated_activation(
 
 
 @triton.jit
-def scale_address(rows, groups, scale_rows, GROUPS: tl.constexpr, LAYOUT: tl.constexpr):
+def scale_address(rows, groups, scale_rows, GROUPS, LAYOUT: tl.constexpr):
     """Where scales lie, as fusion_pass.addresses has it, in consecutive matrices of ``scale_rows`` rows."""
     matrix = rows // scale_rows
     m = rows - matrix * scale_rows
@@ -124,16 +124,16 @@ def scale_address(rows, groups, scale_rows, GROUPS: tl.constexpr, LAYOUT: tl.con
     elif LAYOUT == "tma":
         at = (matrix * GROUPS + groups) * ((scale_rows + 3) // 4 * 4) + m
     elif LAYOUT == "packed":
-        WORDS: tl.constexpr = (GROUPS + 3) // 4
-        at = ((matrix * WORDS + groups // 4) * ((scale_rows + 3) // 4 * 4) + m) * 4 + groups % 4
+        words = (GROUPS + 3) // 4
+        at = ((matrix * words + groups // 4) * ((scale_rows + 3) // 4 * 4) + m) * 4 + groups % 4
     elif LAYOUT == "blocked":
-        TILES: tl.constexpr = (GROUPS + 3) // 4
-        tile = (matrix * ((scale_rows + 127) // 128) + m // 128) * TILES + groups // 4
+        tiles = (GROUPS + 3) // 4
+        tile = (matrix * ((scale_rows + 127) // 128) + m // 128) * tiles + groups // 4
         at = tile * 512 + m % 32 * 16 + m % 128 // 32 * 4 + groups % 4
     else:
         tl.static_assert(LAYOUT == "shuffled")
-        COLUMNS: tl.constexpr = (GROUPS + 7) // 8 * 8
-        strip = (matrix * ((scale_rows + 31) // 32) + m // 32) * 32 * COLUMNS
+        columns = (GROUPS + 7) // 8 * 8
+        strip = (matrix * ((scale_rows + 31) // 32) + m // 32) * 32 * columns
         at = strip + groups // 8 * 256 + groups % 4 * 64 + m % 16 * 4 + groups % 8 // 4 * 2 + m % 32 // 16
     return at
 

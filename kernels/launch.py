@@ -135,8 +135,8 @@ def launch_into_buffers(
 ) -> list[torch.Tensor]:
     """As :func:`launch`, returning the buffers it allocated; ``wrap`` is applied to a kernel before each launch."""
     row = x.shape[-1]
-    x, x_stride = _rows(x)
-    other, other_stride = (None, None) if other is None else _rows(other)
+    x, x_stride = rows_of(x)
+    other, other_stride = (None, None) if other is None else rows_of(other)
     outputs = _buffers(spec, x)
     named = dict(zip(output_names(spec), outputs, strict=True))
     count = x.numel() // row
@@ -213,19 +213,27 @@ def allocate(spec: FusedSpec, x: torch.Tensor) -> list[torch.Tensor]:
 def _buffers(spec: FusedSpec, x: torch.Tensor) -> list[torch.Tensor]:
     """What kernels write: the outputs, but for codes of a dtype that Triton does not know everywhere as bytes."""
     codes, *others = allocate(spec, x)
-    if codes.dtype is torch.float8_e4m3fnuz:
-        codes = torch.empty(codes.shape, dtype=torch.uint8, device=codes.device)
-    return [codes, *others]
+    return [storable(codes), *others]
+
+
+def storable(codes: torch.Tensor) -> torch.Tensor:
+    """A buffer for codes: of their dtype, or of bytes if not every Triton backend knows it."""
+    unknown = codes.dtype is torch.float8_e4m3fnuz
+    return torch.empty(codes.shape, dtype=torch.uint8, device=codes.device) if unknown else codes
 
 
 def finish(spec: FusedSpec, buffers: list[torch.Tensor]) -> list[torch.Tensor]:
     """The outputs, of the buffers that kernels wrote."""
     codes, *others = buffers
-    stored = spec.quantizer.stored
-    return [codes if codes.dtype is stored else codes.view(stored), *others]
+    return [as_codes(spec.quantizer, codes), *others]
 
 
-def _rows(x: torch.Tensor) -> tuple[torch.Tensor, int]:
+def as_codes(quantizer: Quantizer, buffer: torch.Tensor) -> torch.Tensor:
+    """The codes that a buffer of :func:`storable` holds."""
+    return buffer if buffer.dtype is quantizer.stored else buffer.view(quantizer.stored)
+
+
+def rows_of(x: torch.Tensor) -> tuple[torch.Tensor, int]:
     """x, and the distance of its rows in values; a copy of x if its rows are not evenly spaced or not contiguous.
 
     Where no copy is needed x itself is returned, not a view: Inductor computes an unrealised input anew for each view.
@@ -313,8 +321,14 @@ def constants(spec: FusedSpec) -> dict[str, Any]:
             "OFFSET": prologue.offset,
             "SIGMOID_ROUNDING": DTYPE_NAMES[prologue.inner],
         }
+    return arguments | quantizer_constants(quantizer) | {"LAYOUT": spec.layout.value}
+
+
+@cache
+def quantizer_constants(quantizer: Quantizer) -> dict[str, Any]:
+    """The compile-time arguments that follow from the quantizer alone."""
     by_reciprocal = _has_exact_reciprocal(quantizer)
-    return arguments | {
+    return {
         "PROGRAM": program(
             Term("reciprocal", (quantizer.factor,)) if by_reciprocal else quantizer.factor, quantizer.scale
         ),
@@ -330,5 +344,4 @@ def constants(spec: FusedSpec) -> dict[str, Any]:
         "TIES": None if quantizer.e2m1 is None else quantizer.e2m1.ties.value,
         "SIGN": None if quantizer.e2m1 is None else quantizer.e2m1.sign.value,
         "NAN_CODE": None if quantizer.e2m1 is None else quantizer.e2m1.nan_code,
-        "LAYOUT": spec.layout.value,
     }

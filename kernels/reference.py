@@ -166,7 +166,7 @@ def _quantize(quantizer: Quantizer, value: torch.Tensor, given: torch.Tensor | N
 def e2m1_codes(rule: E2M1, value: torch.Tensor) -> torch.Tensor:
     """The FP4 codes of f32 values, one per byte, by comparison with the seven midpoints."""
     midpoints = torch.tensor([0.25, 0.75, 1.25, 1.75, 2.5, 3.5, 5.0], device=value.device)
-    magnitude = value.abs()
+    magnitude = value.abs().contiguous()
     # A midpoint itself counts as reached, or as not reached.
     reached, passed = (torch.bucketize(magnitude, midpoints, right=right) for right in (True, False))
     to_even = torch.where(reached % 2 == 0, reached, passed)

@@ -5,8 +5,7 @@ import itertools
 
 import pytest
 import torch
-from fusion_pass.kernels.launch import _rows as evenly_spaced_rows
-from fusion_pass.kernels.launch import configure, launch
+from fusion_pass.kernels.launch import configure, launch, rows_of
 from fusion_pass.kernels.reference import reference
 
 from fusion_pass import ops
@@ -315,7 +314,7 @@ def test_strided_halves_are_not_copied(device):
 def test_rows_are_read_where_they_lie(view, copied, device):
     x = view(torch.randn(24, 128, device=device))
     spec = FusedSpec(NoPrologue(), Quantizer.dynamic(group=32))
-    assert (evenly_spaced_rows(x)[0] is not x) is copied
+    assert (rows_of(x)[0] is not x) is copied
     assert compare(
         launch(spec, x, None, None), reference(spec, x.clone(memory_format=torch.contiguous_format), None, None)
     ).equal

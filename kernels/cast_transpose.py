@@ -1,0 +1,276 @@
+"""The kernel of a cast-transpose: a tile is read once, and quantized along its rows and along its columns."""
+
+# mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-calls, allow-untyped-decorators
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+
+from fusion_pass.cast_transpose import BlockScales, CastTransposeSpec, Placement
+from fusion_pass.layouts import pack_blocked, pack_mfma_shuffled, pack_mx_shuffled
+from fusion_pass.specs import FusedSpec, NoPrologue, Quantizer
+
+from .arithmetic import amax, cast, codes, pack_nibbles
+from .fused_quant import load, scale_address
+from .launch import as_codes, quantizer_constants, rows_of, storable
+from .reference import reference
+from .scale_program import evaluate
+
+# Measured on an H200 among tiles of 32 to 256 by 32 to 256.
+_TILE_ROWS = 64
+_TILE_COLUMNS = 128
+_WARPS = 4
+
+
+@triton.jit
+def byte_address(row, column, WIDTH, SHUFFLED: tl.constexpr):
+    """Where byte ``column`` of a row of WIDTH bytes lies, as fusion_pass.layouts.pack_mfma_shuffled has it if SHUFFLED."""
+    if SHUFFLED:
+        tile = row // 16 * 16 * WIDTH + column // 32 * 512
+        at = tile + column % 32 // 16 * 256 + row % 16 * 16 + column % 16
+    else:
+        at = row * WIDTH + column
+    return at
+
+
+@triton.jit
+def quantize_tile(
+    x,
+    first_row,
+    first_column,
+    ROWS,
+    COLUMNS,
+    code_ptr,
+    scale_ptr,
+    GROUP: tl.constexpr,
+    LAYOUT: tl.constexpr,
+    SHUFFLED: tl.constexpr,
+    PROGRAM: tl.constexpr,
+    DIVIDES: tl.constexpr,
+    ORDINARY: tl.constexpr,
+    QUOTIENT_ROUNDING: tl.constexpr,
+    WHOLE: tl.constexpr,
+    ADDS_ZERO: tl.constexpr,
+    CLAMP_LOW: tl.constexpr,
+    CLAMP: tl.constexpr,
+    LARGEST: tl.constexpr,
+    OVERFLOW: tl.constexpr,
+    TIES: tl.constexpr,
+    SIGN: tl.constexpr,
+    NAN_CODE: tl.constexpr,
+):
+    """Quantize blocks of GROUP values along the rows of a f32 tile of a (ROWS, COLUMNS) matrix, at the given corner."""
+    R: tl.constexpr = x.shape[0]
+    G: tl.constexpr = x.shape[1] // GROUP
+    rows = (first_row + tl.arange(0, R))[:, None, None]
+    groups = (first_column // GROUP + tl.arange(0, G))[None, :, None]
+    blocks = tl.reshape(x, (R, G, GROUP))
+    peak = amax(blocks, 2)
+    factor, scale = evaluate(peak, tl.full(peak.shape, 0.0, tl.float32), PROGRAM)
+    present = (rows < ROWS) & (groups < COLUMNS // GROUP)
+    factor = tl.where(present, factor, 1.0)
+    code = codes(
+        blocks,
+        factor,
+        DIVIDES,
+        ORDINARY,
+        QUOTIENT_ROUNDING,
+        WHOLE,
+        ADDS_ZERO,
+        CLAMP_LOW,
+        CLAMP,
+        LARGEST,
+        OVERFLOW,
+        TIES,
+        SIGN,
+        NAN_CODE,
+        code_ptr.dtype.element_ty,
+    )
+    if TIES is None:
+        columns = groups * GROUP + tl.arange(0, GROUP)[None, None, :]
+        tl.store(code_ptr + byte_address(rows, columns, COLUMNS, SHUFFLED), code, present)
+    else:
+        columns = groups * (GROUP // 2) + tl.arange(0, GROUP // 2)[None, None, :]
+        tl.store(code_ptr + byte_address(rows, columns, COLUMNS // 2, SHUFFLED), pack_nibbles(code), present)
+    if LAYOUT == "linear":
+        at = rows * (COLUMNS // GROUP) + groups
+    elif LAYOUT == "padded":
+        at = rows * ((COLUMNS // GROUP + 7) // 8 * 8) + groups
+    else:
+        at = scale_address(rows, groups, ROWS, COLUMNS // GROUP, LAYOUT)
+    tl.store(scale_ptr + at, cast(scale, scale_ptr.dtype.element_ty), present)
+
+
+@triton.jit
+def cast_transpose_kernel(
+    x_ptr,
+    row_code_ptr,
+    row_scale_ptr,
+    column_code_ptr,
+    column_scale_ptr,
+    M,
+    x_stride,
+    N: tl.constexpr,
+    TILE_ROWS: tl.constexpr,
+    TILE_COLUMNS: tl.constexpr,
+    GROUP: tl.constexpr,
+    ROW_LAYOUT: tl.constexpr,
+    ROW_SHUFFLED: tl.constexpr,
+    COLUMN_LAYOUT: tl.constexpr,
+    COLUMN_SHUFFLED: tl.constexpr,
+    PROGRAM: tl.constexpr,
+    DIVIDES: tl.constexpr,
+    ORDINARY: tl.constexpr,
+    QUOTIENT_ROUNDING: tl.constexpr,
+    WHOLE: tl.constexpr,
+    ADDS_ZERO: tl.constexpr,
+    CLAMP_LOW: tl.constexpr,
+    CLAMP: tl.constexpr,
+    LARGEST: tl.constexpr,
+    OVERFLOW: tl.constexpr,
+    TIES: tl.constexpr,
+    SIGN: tl.constexpr,
+    NAN_CODE: tl.constexpr,
+):
+    """One program: a TILE_ROWS x TILE_COLUMNS tile of x (M, N). Pointers of an unwanted direction are None."""
+    first_row = tl.program_id(0).to(tl.int64) * TILE_ROWS
+    first_column = tl.program_id(1).to(tl.int64) * TILE_COLUMNS
+    rows = (first_row + tl.arange(0, TILE_ROWS))[:, None]
+    columns = (first_column + tl.arange(0, TILE_COLUMNS))[None, :]
+    x = load(x_ptr, rows * x_stride + columns, (rows < M) & (columns < N))
+    if row_code_ptr is not None:
+        quantize_tile(
+            x,
+            first_row,
+            first_column,
+            M,
+            N,
+            row_code_ptr,
+            row_scale_ptr,
+            GROUP,
+            ROW_LAYOUT,
+            ROW_SHUFFLED,
+            PROGRAM,
+            DIVIDES,
+            ORDINARY,
+            QUOTIENT_ROUNDING,
+            WHOLE,
+            ADDS_ZERO,
+            CLAMP_LOW,
+            CLAMP,
+            LARGEST,
+            OVERFLOW,
+            TIES,
+            SIGN,
+            NAN_CODE,
+        )
+    if column_code_ptr is not None:
+        quantize_tile(
+            tl.trans(x),
+            first_column,
+            first_row,
+            N,
+            M,
+            column_code_ptr,
+            column_scale_ptr,
+            GROUP,
+            COLUMN_LAYOUT,
+            COLUMN_SHUFFLED,
+            PROGRAM,
+            DIVIDES,
+            ORDINARY,
+            QUOTIENT_ROUNDING,
+            WHOLE,
+            ADDS_ZERO,
+            CLAMP_LOW,
+            CLAMP,
+            LARGEST,
+            OVERFLOW,
+            TIES,
+            SIGN,
+            NAN_CODE,
+        )
+
+
+def launch(spec: CastTransposeSpec, x: torch.Tensor) -> list[torch.Tensor]:
+    """Run the kernel on x (..., N) float32, bfloat16 or float16; data and scales of each wanted direction."""
+    return finish(spec, launch_into_buffers(spec, x))
+
+
+def finish(spec: CastTransposeSpec, buffers: list[torch.Tensor]) -> list[torch.Tensor]:
+    """The outputs, of the buffers that the kernel wrote."""
+    return [as_codes(spec.quantizer, b) if i % 2 == 0 else b for i, b in enumerate(buffers)]
+
+
+def launch_into_buffers(
+    spec: CastTransposeSpec, x: torch.Tensor, wrap: Callable[[Any], Any] = lambda kernel: kernel
+) -> list[torch.Tensor]:
+    """As :func:`launch`, returning the buffers the kernel wrote; ``wrap`` is applied to it before the launch."""
+    row = x.shape[-1]
+    x, stride = rows_of(x)
+    outputs = [storable(out) if i % 2 == 0 else out for i, out in enumerate(spec.allocate(x))]
+    count = x.numel() // row
+    named: dict[str, Any] = dict.fromkeys(("row_code_ptr", "row_scale_ptr", "column_code_ptr", "column_scale_ptr"))
+    for (name, _), code, scale in zip(spec.placements(), outputs[::2], outputs[1::2], strict=True):
+        direction = name.removesuffix("wise")
+        named |= {f"{direction}_code_ptr": code, f"{direction}_scale_ptr": _bytes(scale)}
+    for direction, placement in (("ROW", spec.rowwise), ("COLUMN", spec.columnwise)):
+        named[f"{direction}_LAYOUT"] = None if placement is None else placement.scales.value
+        named[f"{direction}_SHUFFLED"] = placement is not None and placement.shuffled
+    assert spec.quantizer.group is not None
+    tile_rows = max(_TILE_ROWS, spec.quantizer.group)
+    wrap(cast_transpose_kernel)[(-(-count // tile_rows), -(-row // _TILE_COLUMNS), 1)](
+        x_ptr=x,
+        M=count,
+        x_stride=stride,
+        N=row,
+        TILE_ROWS=tile_rows,
+        TILE_COLUMNS=_TILE_COLUMNS,
+        GROUP=spec.quantizer.group,
+        **named,
+        **quantizer_constants(spec.quantizer),
+        num_warps=_WARPS,
+    )
+    return outputs
+
+
+def _bytes(scale: torch.Tensor) -> torch.Tensor:
+    return scale.view(torch.uint8) if scale.dtype is torch.float8_e8m0fnu else scale
+
+
+def written(arguments: dict[str, Any]) -> list[str]:
+    """The arguments of a launch that its kernel writes."""
+    return [name for name, value in arguments.items() if name.endswith(("code_ptr", "scale_ptr")) and value is not None]
+
+
+def plain(spec: CastTransposeSpec, x: torch.Tensor) -> list[torch.Tensor]:
+    """The reference: x and its transpose quantized in plain PyTorch, then laid out by :mod:`fusion_pass.layouts`."""
+    matrix = x.reshape(-1, x.shape[-1])
+    results: list[torch.Tensor] = []
+    for name, placement in spec.placements():
+        source = matrix if name == "rowwise" else matrix.t()
+        data, scale = reference(FusedSpec(NoPrologue(), spec.quantizer), source)
+        results += [_shuffled(data) if placement.shuffled else data, _placed(spec.quantizer, placement, scale)]
+    return results
+
+
+def _shuffled(data: torch.Tensor) -> torch.Tensor:
+    return pack_mfma_shuffled(data.view(torch.uint8)).view(data.dtype).reshape(data.shape)
+
+
+def _placed(quantizer: Quantizer, placement: Placement, scale: torch.Tensor) -> torch.Tensor:
+    layout = placement.scales
+    if layout is BlockScales.LINEAR:
+        return scale
+    if layout is BlockScales.PADDED:
+        rows, blocks = layout.allocated(*scale.shape)
+        padded = scale.new_zeros((rows, blocks))
+        padded[: scale.shape[0], : scale.shape[1]] = scale
+        return padded
+    pack = pack_mx_shuffled if layout is BlockScales.SHUFFLED else pack_blocked
+    return pack(scale.view(torch.uint8)).view(quantizer.scale_dtype).reshape(layout.allocated(*scale.shape))

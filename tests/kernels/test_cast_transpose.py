@@ -1,0 +1,123 @@
+"""The cast-transpose: both directions of one read against the quantization of x and of its transpose, layouts included."""
+
+import itertools
+
+import pytest
+import torch
+from fusion_pass.kernels.cast_transpose import launch, plain
+
+from fusion_pass import layouts, ops
+from fusion_pass.cast_transpose import BlockScales, CastTransposeSpec, Placement
+from fusion_pass.mx_specs import ScaleMode, mx_quantizer, nvfp4_quantizer
+from fusion_pass.specs import E2M1, Quantizer, Sign, SpecError, Ties
+from fusion_pass.testing import compare
+
+FP4 = torch.float4_e2m1fn_x2
+TE = mx_quantizer(FP4, ScaleMode.EVEN, e2m1=E2M1(Ties.AWAY, Sign.NEGATIVE, 0), zero_byte=127, infinity_byte=254)
+QUANTIZERS = {
+    "te": TE,
+    "mxfp4": mx_quantizer(FP4),
+    "mxfp8": mx_quantizer(),
+    "mxfp8 floor": mx_quantizer(mode=ScaleMode.FLOOR),
+    "e5m2": mx_quantizer(torch.float8_e5m2),
+    "nvfp4": nvfp4_quantizer(divides=True),
+    "f32 scales": Quantizer.dynamic(group=128, amax_floor=1e-10),
+}
+
+
+def values(*shape, dtype=torch.bfloat16):
+    """Magnitudes of several binades, a row and a column of zeros, and a block of special values."""
+    x = torch.randn(shape) * torch.logspace(-3, 3, shape[-1])
+    x[..., 0, :], x[..., 1] = 0, 0
+    x[..., -1, -4:] = torch.tensor([float("nan"), float("inf"), -0.0, 1e-40])
+    return x.to(dtype)
+
+
+def check(spec, x):
+    result = compare(launch(spec, x), plain(spec, x))
+    assert result.equal, f"{spec}: {result}"
+
+
+@pytest.mark.parametrize("name", QUANTIZERS)
+def test_both_directions(name, device):
+    quantizer = QUANTIZERS[name]
+    unit = max(quantizer.group, 32)
+    for shape in [(unit, unit), (unit * 3, unit * 5), (2, unit, unit * 2)]:
+        check(CastTransposeSpec(quantizer), values(*shape).to(device))
+
+
+@pytest.mark.parametrize("shuffled", [False, True])
+@pytest.mark.parametrize("scales", BlockScales)
+@pytest.mark.parametrize("name", ["te", "mxfp8"])
+def test_placements(name, scales, shuffled, device):
+    """Not square, so that the directions cannot be exchanged; not a multiple of the tile or of the padding."""
+    spec = CastTransposeSpec(QUANTIZERS[name], Placement(scales, shuffled), Placement(scales, shuffled))
+    check(spec, values(64, 320).to(device))
+
+
+def test_one_direction_alone(device):
+    x = values(64, 96).to(device)
+    for wanted in itertools.product([Placement(), None], [Placement(BlockScales.SHUFFLED), None]):
+        if any(wanted):
+            check(CastTransposeSpec(TE, *wanted), x)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+def test_input_dtypes_and_strided_rows(dtype, device):
+    both = values(64, 256, dtype=dtype).to(device)
+    check(CastTransposeSpec(TE), both[:, :128])
+
+
+def test_transformer_engine_layouts(device):
+    """The columnwise scales of rows that are no multiple of 256 keep their padding: trimming a shuffled matrix loses scales."""
+    x = values(96, 160).to(device)
+    placement = Placement(BlockScales.SHUFFLED, shuffled=False)
+    result = ops.cast_transpose(x, TE, rowwise=placement, columnwise=placement)
+    assert result.rowwise.shape == (96, 80)
+    assert result.columnwise.shape == (160, 48)
+    assert result.rowwise_scale.shape == (256, 8)
+    assert result.columnwise_scale.shape == (256, 8)
+    linear = ops.cast_transpose(x, TE)
+    assert torch.equal(layouts.unpack_mx_shuffled(result.columnwise_scale, 160, 3), linear.columnwise_scale)
+    assert torch.equal(layouts.unpack_mx_shuffled(result.rowwise_scale, 96, 5), linear.rowwise_scale)
+
+
+def test_the_transpose_of_the_transpose(device):
+    x = values(64, 128).to(device)
+    there, back = ops.cast_transpose(x, TE), ops.cast_transpose(x.t(), TE)
+    assert torch.equal(there.rowwise, back.columnwise)
+    assert torch.equal(there.columnwise_scale, back.rowwise_scale)
+
+
+def test_no_rows(device):
+    result = ops.cast_transpose(torch.empty(0, 64, device=device), TE)
+    assert result.rowwise.shape == (0, 32)
+    assert result.columnwise.shape == (64, 0)
+
+
+@pytest.mark.parametrize(
+    ("call", "named"),
+    [
+        (lambda x: ops.cast_transpose(x[:33], TE), "M, of x"),
+        (lambda x: ops.cast_transpose(x[:, :40], TE), "N, of x"),
+        (lambda x: ops.cast_transpose(x[0], TE), "x has shape"),
+        (lambda x: ops.cast_transpose(x.int(), TE), "x is torch.int32"),
+        (lambda x: ops.cast_transpose(x[:, :32], TE, rowwise=Placement(shuffled=True)), "rowwise data are"),
+        (lambda x: ops.cast_transpose(x, TE, rowwise=None, columnwise=None), "rowwise and columnwise are None"),
+        (lambda x: ops.cast_transpose(x, Quantizer.dynamic()), "group of quantizer is None"),
+        (lambda x: ops.cast_transpose(x, mx_quantizer(block=96)), "group of quantizer is 96"),
+        (
+            lambda x: ops.cast_transpose(x, QUANTIZERS["f32 scales"], rowwise=Placement(BlockScales.PADDED)),
+            "scales of rowwise are padded",
+        ),
+    ],
+)
+def test_bad_input_is_named(call, named, device):
+    with pytest.raises((ValueError, SpecError), match=named):
+        call(torch.randn(64, 128, device=device))
+
+
+def test_the_op_passes_opcheck(device):
+    x = values(64, 128).to(device).nan_to_num()
+    spec = CastTransposeSpec(TE, Placement(BlockScales.SHUFFLED), Placement(BlockScales.BLOCKED, shuffled=True))
+    torch.library.opcheck(torch.ops.fusion_pass.cast_transpose, (x, *spec.arguments()))
