@@ -98,8 +98,25 @@ else:
 
     @triton.jit
     def silu(x):
-        """x / (1 + exp(-x)) of a f32 tile: ATen's silu_kernel on CUDA, which is compiled without fast math."""
-        return tl.math.div_rn(x, 1.0 + libdevice.exp(-x))
+        """x / (1 + exp(-x)) of a f32 tile, correctly rounded as in ATen's silu_kernel on CUDA, compiled without fast math.
+
+        The steps of CUDA's own division without its test for extreme exponents, which no quotient here needs once a large
+        divisor is scaled: an x below 2^-25 in magnitude has the divisor 2, and one whose divisor is 2^100 or more has a
+        normal quotient. So the reciprocal is correctly rounded after one Newton step, residuals are exact, and two
+        corrections leave the quotient that division rounds to (Markstein, IBM J. Res. Dev. 34(1), 1990).
+        """
+        divisor = 1.0 + libdevice.exp(-x)
+        infinite = divisor == float("inf")
+        scale = tl.where(divisor > 1.2676506002282294e30, 2.3283064365386963e-10, 1.0)
+        d = tl.where(infinite, 1.0, divisor * scale)
+        r = tl.inline_asm_elementwise("rcp.approx.ftz.f32 $0, $1;", "=f,f", [d], tl.float32, is_pure=True, pack=1)
+        r = tl.fma(tl.fma(r, d * -1.0, tl.full(d.shape, 1.0, tl.float32)), r, r)
+        q = x * r
+        q = tl.fma(tl.fma(q, d, x * -1.0), r * -1.0, q)
+        q = tl.fma(tl.fma(q, d, x * -1.0), r * -1.0, q) * scale
+        # Infinity over 1 has a residual of NaN; a finite x over infinity is a zero of its sign.
+        q = tl.where(x == float("inf"), x, q)
+        return tl.where(infinite, tl.where(x == float("-inf"), float("nan"), x * 0.0), q)
 
     @triton.jit
     def sigmoid(x):
@@ -253,6 +270,12 @@ def amax(x, AXIS: tl.constexpr):
     """
     bits = tl.max(x.to(tl.int32, bitcast=True) & 0x7FFFFFFF, AXIS, keep_dims=True)
     return bits.to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def greater_amax(a, b):
+    """The greater of two results of :func:`amax`, NaN if either is."""
+    return tl.maximum(a.to(tl.int32, bitcast=True), b.to(tl.int32, bitcast=True)).to(tl.float32, bitcast=True)
 
 
 @triton.jit

@@ -13,6 +13,7 @@ from .arithmetic import (
     codes,
     gelu,
     gelu_tanh,
+    greater_amax,
     pack_nibbles,
     reciprocal_root,
     root,
@@ -30,25 +31,29 @@ def load(ptr, offsets, mask):
     return cast(tl.load(ptr + offsets, mask, other=0.0), tl.float32)
 
 
+@triton.constexpr_function
+def piece_count(pieces):
+    return pieces.count(";") + 1
+
+
+@triton.constexpr_function
+def piece_number(pieces, piece, index):
+    return int(pieces.split(";")[piece].split(",")[index])
+
+
 @triton.jit
-def rms_norm(
-    x,
-    weight_ptr,
-    columns,
-    inside,
-    M,
-    N: tl.constexpr,
-    GROUP: tl.constexpr,
-    MEAN: tl.constexpr,
-    ROOT: tl.constexpr,
-    ONE_PLUS: tl.constexpr,
-    EPS: tl.constexpr,
-    ROOT_ROUNDING: tl.constexpr,
-    INNER_ROUNDING: tl.constexpr,
-    PRODUCT_ROUNDING: tl.constexpr,
-):
-    """x * rsqrt(mean(x^2) + eps) * weight, rounded where the spec says, for a (rows, groups, lanes) tile of whole rows."""
-    squares = sum_of_squares(x, GROUP, N)
+def places(PIECES: tl.constexpr, PIECE: tl.constexpr, N: tl.constexpr, GROUP: tl.constexpr):
+    """The groups and columns of a piece of the program's tile, (1, groups, lanes), and which columns there are."""
+    first: tl.constexpr = piece_number(PIECES, PIECE, 0)
+    count: tl.constexpr = piece_number(PIECES, PIECE, 1)
+    groups = (tl.program_id(1) * count + first + tl.arange(0, count))[None, :, None]
+    lanes = (piece_number(PIECES, PIECE, 2) + tl.arange(0, piece_number(PIECES, PIECE, 3)))[None, None, :]
+    columns = groups * GROUP + lanes
+    return groups, columns, (lanes < GROUP) & (columns < N)
+
+
+@triton.jit
+def mean_of_squares(squares, M, N: tl.constexpr, MEAN: tl.constexpr):
     if MEAN == "divide":
         mean = tl.math.div_rn(squares, tl.full(squares.shape, N, tl.float32))
     elif MEAN == "scalar":
@@ -59,12 +64,38 @@ def rms_norm(
         # ATen's mean on CUDA multiplies by float(outputs) / float(elements).
         outputs = tl.full(squares.shape, M, tl.int64)
         mean = times(squares, tl.math.div_rn(outputs.to(tl.float32), (outputs * N).to(tl.float32)))
+    return mean
+
+
+@triton.jit
+def root_factor(variance, ROOT: tl.constexpr, ROOT_ROUNDING: tl.constexpr):
+    """What x is multiplied with, or with ROOT ``divide_sqrt`` divided by."""
     if ROOT == "rsqrt":
-        x *= round_to(reciprocal_root(mean + EPS), ROOT_ROUNDING)
+        factor = round_to(reciprocal_root(variance), ROOT_ROUNDING)
     elif ROOT == "reciprocal_sqrt":
-        x *= tl.math.div_rn(tl.full(mean.shape, 1.0, tl.float32), root(mean + EPS))
+        factor = tl.math.div_rn(tl.full(variance.shape, 1.0, tl.float32), root(variance))
     else:
-        x = tl.math.div_rn(x, tl.broadcast_to(root(mean + EPS), x.shape))
+        factor = root(variance)
+    return factor
+
+
+@triton.jit
+def normalized(
+    x,
+    factor,
+    weight_ptr,
+    columns,
+    inside,
+    ROOT: tl.constexpr,
+    ONE_PLUS: tl.constexpr,
+    INNER_ROUNDING: tl.constexpr,
+    PRODUCT_ROUNDING: tl.constexpr,
+):
+    """x over its root mean square, times weight, rounded where the spec says."""
+    if ROOT == "divide_sqrt":
+        x = tl.math.div_rn(x, tl.broadcast_to(factor, x.shape))
+    else:
+        x *= factor
     x = round_to(x, INNER_ROUNDING)
     if weight_ptr is not None:
         weight = load(weight_ptr, columns, inside)
@@ -156,8 +187,7 @@ def fused_quant_kernel(
     N: tl.constexpr,
     GROUP: tl.constexpr,
     ROWS: tl.constexpr,
-    GROUPS: tl.constexpr,
-    LANES: tl.constexpr,
+    PIECES: tl.constexpr,
     PROLOGUE: tl.constexpr,
     EPS: tl.constexpr,
     MEAN: tl.constexpr,
@@ -190,111 +220,117 @@ def fused_quant_kernel(
     NAN_CODE: tl.constexpr,
     LAYOUT: tl.constexpr,
 ):
-    """One program: a tile of ROWS rows x GROUPS groups x LANES >= GROUP values; a norm needs tiles of whole rows.
+    """One program: a tile of ROWS rows, in pieces of groups x lanes; a norm or an amax per row needs whole rows.
 
     x and other: (M, N), rows at ``x_stride`` and ``other_stride``; other is a norm's residual or an activation's up half.
-    weight: (N,). given: a scalar. code, sum, value: (M, N) contiguous, FP4 codes in pairs: (M, N // 2). scale: (M, N // GROUP), or
-    consecutive matrices in LAYOUT, each for ``scale_rows`` rows; one value if a tensor shares it. Absent tensors and what goes
-    with them are None.
+    weight: (N,). given: a scalar. code, sum, value: (M, N) contiguous, FP4 codes in pairs: (M, N // 2). scale:
+    (M, N // GROUP), or consecutive matrices in LAYOUT, each for ``scale_rows`` rows; one value if a tensor shares it. Absent
+    tensors and what goes with them are None.
 
-    PEAK says where the amax comes from: each ``group`` of the tile; ``none`` is needed; or one that the whole tensor shares,
-    in two launches: the first adds its tiles to it (``store``) and writes no codes, the second reads it (``load``).
+    PIECES: ``first group, groups, first lane, lanes`` of each, powers of two for the counts: a row that is none itself
+    wastes few lanes in pieces.
+
+    PEAK says where the amax comes from: each ``group`` of the tile; each ``row``; ``none`` is needed; or one that the whole
+    tensor shares, in two launches: the first adds its tiles to it (``store``) and writes no codes, the second reads it
+    (``load``).
     """
     rows = (tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS))[:, None, None]
-    groups = (tl.program_id(1) * GROUPS + tl.arange(0, GROUPS))[None, :, None]
-    lanes = tl.arange(0, LANES)[None, None, :]
-    columns = groups * GROUP + lanes
-    inside = (lanes < GROUP) & (columns < N)
-    mask = (rows < M) & inside
-    out = rows * N + columns
+    there = rows < M
+    COUNT: tl.constexpr = piece_count(PIECES)
 
-    x = load(x_ptr, rows * x_stride + columns, mask)
-    if PROLOGUE == "norm":
-        if GATE is None and other_ptr is not None:
-            x += load(other_ptr, rows * other_stride + columns, mask)
+    xs = ()
+    for piece in tl.static_range(COUNT):
+        _, columns, inside = places(PIECES, piece, N, GROUP)
+        x = load(x_ptr, rows * x_stride + columns, there & inside)
+        if PROLOGUE == "norm" and GATE is None and other_ptr is not None:
+            x += load(other_ptr, rows * other_stride + columns, there & inside)
             if sum_ptr is not None:
-                tl.store(sum_ptr + out, cast(x, sum_ptr.dtype.element_ty), mask)
+                tl.store(sum_ptr + rows * N + columns, cast(x, sum_ptr.dtype.element_ty), there & inside)
             x = round_to(x, SUM_ROUNDING)
-        x = rms_norm(
-            x,
-            weight_ptr,
-            columns,
-            inside,
-            M,
-            N,
-            GROUP,
-            MEAN,
-            ROOT,
-            ONE_PLUS,
-            EPS,
-            ROOT_ROUNDING,
-            INNER_ROUNDING,
-            PRODUCT_ROUNDING,
-        )
-        if GATE is not None:
-            gate = load(other_ptr, rows * other_stride + columns, mask)
-            if GATE == "silu":
-                gate = silu(gate)
-            else:
-                gate = sigmoid(gate)
-            x = round_to(x * gate, GATED_ROUNDING)
-    if PROLOGUE == "gated":
-        up = None
-        if other_ptr is not None:
-            up = load(other_ptr, rows * other_stride + columns, mask)
-        x = gated_activation(
-            x, up, ACTIVATION, ALPHA, LIMIT, OFFSET, SIGMOID_ROUNDING, INNER_ROUNDING, PRODUCT_ROUNDING
-        )
-    if PEAK == "store":
-        bits = tl.max(amax(tl.where(mask, x, 0.0), 2).to(tl.int32, bitcast=True), 1)
-        tl.atomic_max(amax_ptr, tl.max(tl.max(bits, 1), 0))
-    else:
+        xs = xs + (x,)  # noqa: RUF005
+
+    if PROLOGUE == "norm":
+        squares = sum_of_squares(xs[0], GROUP, N)
+        for piece in tl.static_range(1, COUNT):
+            squares += sum_of_squares(xs[piece], GROUP, N)
+        norm_factor = root_factor(mean_of_squares(squares, M, N, MEAN) + EPS, ROOT, ROOT_ROUNDING)
+
+    ys = ()
+    for piece in tl.static_range(COUNT):
+        _, columns, inside = places(PIECES, piece, N, GROUP)
+        y = xs[piece]
+        if PROLOGUE == "norm":
+            y = normalized(
+                y, norm_factor, weight_ptr, columns, inside, ROOT, ONE_PLUS, INNER_ROUNDING, PRODUCT_ROUNDING
+            )
+            if GATE is not None:
+                gate = load(other_ptr, rows * other_stride + columns, there & inside)
+                y = round_to(y * (silu(gate) if GATE == "silu" else sigmoid(gate)), GATED_ROUNDING)
+        if PROLOGUE == "gated":
+            up = None
+            if other_ptr is not None:
+                up = load(other_ptr, rows * other_stride + columns, there & inside)
+            y = gated_activation(
+                y, up, ACTIVATION, ALPHA, LIMIT, OFFSET, SIGMOID_ROUNDING, INNER_ROUNDING, PRODUCT_ROUNDING
+            )
         if value_ptr is not None:
-            tl.store(value_ptr + out, cast(x, value_ptr.dtype.element_ty), mask)
-        if PEAK == "group":
-            peak = amax(x, 2)
+            tl.store(value_ptr + rows * N + columns, cast(y, value_ptr.dtype.element_ty), there & inside)
+        ys = ys + (y,)  # noqa: RUF005
+
+    shared = tl.full([1, 1, 1], 0.0, tl.float32)
+    if PEAK == "row":
+        shared = amax(ys[0], 2)
+        for piece in tl.static_range(1, COUNT):
+            shared = greater_amax(shared, amax(ys[piece], 2))
+    elif PEAK == "load":
+        shared += tl.load(amax_ptr).to(tl.float32, bitcast=True)
+    given = tl.full([1, 1, 1], 0.0, tl.float32)
+    if given_ptr is not None:
+        given += tl.load(given_ptr).to(tl.float32)
+
+    for piece in tl.static_range(COUNT):
+        groups, columns, inside = places(PIECES, piece, N, GROUP)
+        y = ys[piece]
+        if PEAK == "store":
+            bits = tl.max(amax(tl.where(there & inside, y, 0.0), 2).to(tl.int32, bitcast=True), 1)
+            tl.atomic_max(amax_ptr, tl.max(tl.max(bits, 1), 0))
         else:
-            peak = tl.full([1, 1, 1], 0.0, tl.float32)
-        if PEAK == "load":
-            peak += tl.load(amax_ptr).to(tl.float32, bitcast=True)
-        given = tl.full(peak.shape, 0.0, tl.float32)
-        if given_ptr is not None:
-            given += tl.load(given_ptr).to(tl.float32)
-        factor, scale = evaluate(peak, given, PROGRAM)
-        present = (rows < M) & (groups < N // GROUP)
-        if PEAK == "group":
-            # The lanes of absent rows and groups must not send the tile's quotients the slow way.
-            factor = tl.where(present, factor, 1.0)
-        code = codes(
-            x,
-            factor,
-            DIVIDES,
-            ORDINARY,
-            QUOTIENT_ROUNDING,
-            WHOLE,
-            ADDS_ZERO,
-            CLAMP_LOW,
-            CLAMP,
-            LARGEST,
-            OVERFLOW,
-            TIES,
-            SIGN,
-            NAN_CODE,
-            code_ptr.dtype.element_ty,
-        )
-        if TIES is None:
-            tl.store(code_ptr + out, code, mask)
-        else:
-            pairs = tl.arange(0, LANES // 2)[None, None, :]
-            at = rows * (N // 2) + groups * (GROUP // 2) + pairs
-            present_pairs = (rows < M) & (groups < N // GROUP) & (pairs < GROUP // 2)
-            tl.store(code_ptr + at, pack_nibbles(code), present_pairs)
-        if scale_ptr is not None:
-            if PEAK != "group":
-                at = tl.full([1, 1, 1], 0, tl.int32)
-                present = at == tl.program_id(0) + tl.program_id(1)
-            elif LAYOUT == "row":
-                at = rows * (N // GROUP) + groups
+            peak = amax(y, 2) if PEAK == "group" else shared
+            factor, scale = evaluate(peak, tl.broadcast_to(given, peak.shape), PROGRAM)
+            present = there & (groups < N // GROUP)
+            if PEAK == "group" or PEAK == "row":
+                # The lanes of absent rows and groups must not send the tile's quotients the slow way.
+                factor = tl.where(present, factor, 1.0)
+            code = codes(
+                y,
+                factor,
+                DIVIDES,
+                ORDINARY,
+                QUOTIENT_ROUNDING,
+                WHOLE,
+                ADDS_ZERO,
+                CLAMP_LOW,
+                CLAMP,
+                LARGEST,
+                OVERFLOW,
+                TIES,
+                SIGN,
+                NAN_CODE,
+                code_ptr.dtype.element_ty,
+            )
+            if TIES is None:
+                tl.store(code_ptr + rows * N + columns, code, there & inside)
             else:
-                at = scale_address(rows, groups, scale_rows, N // GROUP, LAYOUT)
-            tl.store(scale_ptr + at, cast(scale, scale_ptr.dtype.element_ty), present)
+                HALF: tl.constexpr = piece_number(PIECES, piece, 3) // 2
+                pairs = tl.arange(0, HALF)[None, None, :]
+                at = rows * (N // 2) + groups * (GROUP // 2) + pairs
+                tl.store(code_ptr + at, pack_nibbles(code), present & (pairs < GROUP // 2))
+            if scale_ptr is not None and (PEAK == "group" or piece == 0):
+                if PEAK != "group" and PEAK != "row":
+                    at = tl.full([1, 1, 1], 0, tl.int32)
+                    present = at == tl.program_id(0) + tl.program_id(1)
+                elif LAYOUT == "row":
+                    at = rows * (N // GROUP) + groups
+                else:
+                    at = scale_address(rows, groups, scale_rows, N // GROUP, LAYOUT)
+                tl.store(scale_ptr + at, cast(scale, scale_ptr.dtype.element_ty), present)
