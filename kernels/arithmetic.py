@@ -14,12 +14,20 @@ import numpy as np
 import torch
 import triton
 import triton.language as tl
+from triton.language import target_info
 from triton.language.extra import libdevice
 
 # Whether ATen was compiled with CUDA 13's math library.
 NEWER_ERF: tl.constexpr = tl.constexpr(int((torch.version.cuda or "13").split(".")[0]) >= 13)
 
 INTERPRETED: bool = bool(triton.knobs.runtime.interpret)
+
+
+@triton.constexpr_function
+def is_hopper():
+    target = target_info.current_target()
+    return target is not None and target.backend == "cuda" and target.arch == 90
+
 
 _TORCH_DTYPES = {
     tl.float32: torch.float32,
@@ -85,6 +93,18 @@ if INTERPRETED:
     def integer(x):
         return _from_torch(_to_torch(x).to(torch.int32), tl.int32)
 
+    def silu_of_bf16(x):
+        return silu(x)
+
+    def packed_product(x, y):
+        return _from_torch(_to_torch(x) * _to_torch(y), x.dtype.scalar)
+
+    @triton.jit
+    def amax(x, AXIS: tl.constexpr):
+        # Without their sign, f32 bit patterns order as integers, with NaN above infinity; numpy's max would warn of NaN.
+        bits = tl.max(x.to(tl.int32, bitcast=True) & 0x7FFFFFFF, AXIS, keep_dims=True)
+        return bits.to(tl.float32, bitcast=True)
+
     def sum_of_squares(x, GROUP, N):
         rows = _to_torch(x)[:, :, : int(GROUP)].flatten(1)[:, : int(N)]
         return _from_torch(rows.square().sum(1)[:, None, None], tl.float32)
@@ -98,25 +118,35 @@ else:
 
     @triton.jit
     def silu(x):
-        """x / (1 + exp(-x)) of a f32 tile, correctly rounded as in ATen's silu_kernel on CUDA, compiled without fast math.
+        """x / (1 + exp(-x)) of a f32 tile: ATen's silu_kernel on CUDA, which is compiled without fast math."""
+        return tl.math.div_rn(x, 1.0 + libdevice.exp(-x))
 
-        The steps of CUDA's own division without its test for extreme exponents, which no quotient here needs once a large
-        divisor is scaled: an x below 2^-25 in magnitude has the divisor 2, and one whose divisor is 2^100 or more has a
-        normal quotient. So the reciprocal is correctly rounded after one Newton step, residuals are exact, and two
-        corrections leave the quotient that division rounds to (Markstein, IBM J. Res. Dev. 34(1), 1990).
+    @triton.jit
+    def silu_of_bf16(x):
+        """:func:`silu` where x holds bf16 values and the result is rounded to bf16.
+
+        Approximate instructions give the same bf16 for each of the 65536 values, which the tests compute on the device at
+        hand. A divisor is scaled so that its reciprocal is no subnormal, which instructions flush.
         """
-        divisor = 1.0 + libdevice.exp(-x)
-        infinite = divisor == float("inf")
-        scale = tl.where(divisor > 1.2676506002282294e30, 2.3283064365386963e-10, 1.0)
-        d = tl.where(infinite, 1.0, divisor * scale)
-        r = tl.inline_asm_elementwise("rcp.approx.ftz.f32 $0, $1;", "=f,f", [d], tl.float32, is_pure=True, pack=1)
-        r = tl.fma(tl.fma(r, d * -1.0, tl.full(d.shape, 1.0, tl.float32)), r, r)
-        q = x * r
-        q = tl.fma(tl.fma(q, d, x * -1.0), r * -1.0, q)
-        q = tl.fma(tl.fma(q, d, x * -1.0), r * -1.0, q) * scale
-        # Infinity over 1 has a residual of NaN; a finite x over infinity is a zero of its sign.
-        q = tl.where(x == float("inf"), x, q)
-        return tl.where(infinite, tl.where(x == float("-inf"), float("nan"), x * 0.0), q)
+        power = tl.inline_asm_elementwise(
+            "ex2.approx.ftz.f32 $0, $1;", "=f,f", [x * -1.4426950408889634], tl.float32, is_pure=True, pack=1
+        )
+        divisor = tl.fma(power, tl.full(x.shape, 0.00390625, tl.float32), tl.full(x.shape, 0.00390625, tl.float32))
+        r = tl.inline_asm_elementwise("rcp.approx.ftz.f32 $0, $1;", "=f,f", [divisor], tl.float32, is_pure=True, pack=1)
+        return x * (r * 0.00390625)
+
+    @triton.jit
+    def packed_product(x, y):
+        """The rounded products of two bf16 or two f16 tiles, which their exact products in f32 round to as well."""
+        if x.dtype == tl.bfloat16:
+            product = tl.inline_asm_elementwise(
+                "mul.rn.bf16x2 $0, $1, $2;", "=r,r,r", [x, y], tl.bfloat16, is_pure=True, pack=2
+            )
+        else:
+            product = tl.inline_asm_elementwise(
+                "mul.rn.f16x2 $0, $1, $2;", "=r,r,r", [x, y], tl.float16, is_pure=True, pack=2
+            )
+        return product
 
     @triton.jit
     def sigmoid(x):
@@ -233,8 +263,7 @@ else:
         (Markstein, IBM J. Res. Dev. 34(1), 1990) unless r or the residual leaves the normal range. The residual of a
         quotient from 2^-17 on, half the least code, is a multiple of 2^-40 ulp(s), so it is exact for s from 2^-80 on;
         lesser quotients give a zero code however they are rounded. The residual is formed as q*s - y and multiplied by
-        -r so that a zero quotient keeps the sign of y. Negations are products with -1: Triton's are differences from 0,
-        which do not flip the sign of zero.
+        -r so that a zero quotient keeps the sign of y.
 
         ORDINARY promises that s is from 2^-80 to 2^126, infinite or NaN. Other scales are brought nearer to 1 together
         with y: where that loses bits of y, the code is zero. With s zero or infinite, y * (1/s) already is y / s.
@@ -247,9 +276,41 @@ else:
         r = tl.math.div_rn(tl.full(s.shape, 1.0, tl.float32), s)
         # An infinite scale has r = 0: with 0 for s as well, the correction is a zero of the quotient's sign.
         factor = tl.broadcast_to(tl.where(s == float("inf"), 0.0, s), y.shape)
-        q = y * r
-        corrected = tl.fma(tl.fma(q, factor, y * -1.0), tl.broadcast_to(r * -1.0, y.shape), q)
-        return corrected if ORDINARY else tl.where(s == 0.0, q, corrected)
+        corrected = corrected_product(y, tl.broadcast_to(r, y.shape), factor)
+        return corrected if ORDINARY else tl.where(s == 0.0, y * r, corrected)
+
+    @triton.jit
+    def corrected_product(y, r, s):
+        """q = y*r with one correction by its residual as a quotient of y and s.
+
+        In PTX, as negations are free in it: Triton's are differences from 0, which do not flip the sign of zero.
+        """
+        return tl.inline_asm_elementwise(
+            """
+            {
+                .reg .f32 q, e, t;
+                mul.rn.f32 q, $1, $2;
+                neg.f32 t, $1;
+                fma.rn.f32 e, q, $3, t;
+                neg.f32 t, $2;
+                fma.rn.f32 $0, e, t, q;
+            }
+            """,
+            "=f,f,f,f",
+            [y, r, s],
+            tl.float32,
+            is_pure=True,
+            pack=1,
+        )
+
+    @triton.jit
+    def greater(a, b):
+        return tl.maximum(a, b, propagate_nan=tl.PropagateNan.ALL)
+
+    @triton.jit
+    def amax(x, AXIS: tl.constexpr):
+        """max(|x|) of a f32 tile along AXIS, kept as an axis of one. NaN if any value is, as torch.amax."""
+        return tl.reduce(tl.abs(x), AXIS, greater, keep_dims=True)
 
 
 @triton.jit
@@ -263,13 +324,15 @@ def round_to(x, ROUNDING: tl.constexpr):
 
 
 @triton.jit
-def amax(x, AXIS: tl.constexpr):
-    """max(|x|) of a f32 tile along AXIS, kept as an axis of one. NaN if any value is, as torch.amax.
-
-    Without their sign, f32 bit patterns order as integers, with NaN above infinity.
-    """
-    bits = tl.max(x.to(tl.int32, bitcast=True) & 0x7FFFFFFF, AXIS, keep_dims=True)
-    return bits.to(tl.float32, bitcast=True)
+def rounded_product(x, y, X_ROUNDING: tl.constexpr, ROUNDING: tl.constexpr):
+    """The f32 tile x, rounded, times y of any dtype, rounded; two at a time where both are rounded to y's 16 bits."""
+    if (X_ROUNDING == "bf16" and ROUNDING == "bf16" and y.dtype == tl.bfloat16) or (
+        X_ROUNDING == "f16" and ROUNDING == "f16" and y.dtype == tl.float16
+    ):
+        product = cast(packed_product(cast(x, y.dtype), tl.broadcast_to(y, x.shape)), tl.float32)
+    else:
+        product = round_to(round_to(x, X_ROUNDING) * cast(y, tl.float32), ROUNDING)
+    return product
 
 
 @triton.jit

@@ -14,12 +14,15 @@ from .arithmetic import (
     gelu,
     gelu_tanh,
     greater_amax,
+    is_hopper,
     pack_nibbles,
     reciprocal_root,
     root,
     round_to,
+    rounded_product,
     sigmoid,
     silu,
+    silu_of_bf16,
     sum_of_squares,
     times,
 )
@@ -96,14 +99,13 @@ def normalized(
         x = tl.math.div_rn(x, tl.broadcast_to(factor, x.shape))
     else:
         x *= factor
-    x = round_to(x, INNER_ROUNDING)
     if weight_ptr is not None:
-        weight = load(weight_ptr, columns, inside)
+        weight = tl.load(weight_ptr + columns, inside, other=0.0)
         if ONE_PLUS:
-            weight += 1.0
-        x = round_to(x * weight, PRODUCT_ROUNDING)
+            weight = cast(weight, tl.float32) + 1.0
+        x = rounded_product(x, weight, INNER_ROUNDING, PRODUCT_ROUNDING)
     else:
-        x = round_to(x, PRODUCT_ROUNDING)
+        x = round_to(round_to(x, INNER_ROUNDING), PRODUCT_ROUNDING)
     return x
 
 
@@ -111,6 +113,7 @@ def normalized(
 def gated_activation(
     gate,
     up,
+    OF_BF16: tl.constexpr,
     ACTIVATION: tl.constexpr,
     ALPHA: tl.constexpr,
     LIMIT: tl.constexpr,
@@ -119,10 +122,12 @@ def gated_activation(
     INNER_ROUNDING: tl.constexpr,
     PRODUCT_ROUNDING: tl.constexpr,
 ):
-    """activation(gate) * up, bounded, shifted and rounded where the spec says."""
+    """activation(gate) * up, bounded, shifted and rounded where the spec says; gate is f32, and OF_BF16 if it was bf16."""
     if LIMIT is not None:
         gate = tl.where(gate > LIMIT, LIMIT, gate)
-    if ACTIVATION == "silu":
+    if ACTIVATION == "silu" and OF_BF16 and INNER_ROUNDING == "bf16":
+        active = silu_of_bf16(gate)
+    elif ACTIVATION == "silu":
         active = silu(gate)
     elif ACTIVATION == "sigmoid_product":
         scaled = gate
@@ -137,12 +142,16 @@ def gated_activation(
         tl.static_assert(ACTIVATION == "gelu_tanh")
         active = gelu_tanh(gate)
     if up is not None:
+        if LIMIT is not None or OFFSET != 0.0:
+            up = cast(up, tl.float32)
         if LIMIT is not None:
             up = tl.clamp(up, -LIMIT, LIMIT, propagate_nan=tl.PropagateNan.ALL)
         if OFFSET != 0.0:
             up = round_to(up + OFFSET, SIGMOID_ROUNDING)
-        active = round_to(active, INNER_ROUNDING) * up
-    return round_to(active, PRODUCT_ROUNDING)
+        active = rounded_product(active, up, INNER_ROUNDING, PRODUCT_ROUNDING)
+    else:
+        active = round_to(active, PRODUCT_ROUNDING)
+    return active
 
 
 @triton.jit
@@ -237,6 +246,8 @@ def fused_quant_kernel(
     rows = (tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS))[:, None, None]
     there = rows < M
     COUNT: tl.constexpr = piece_count(PIECES)
+    # Where the approximate instructions were tested.
+    OF_BF16: tl.constexpr = x_ptr.dtype.element_ty == tl.bfloat16 and is_hopper()
 
     xs = ()
     for piece in tl.static_range(COUNT):
@@ -269,9 +280,9 @@ def fused_quant_kernel(
         if PROLOGUE == "gated":
             up = None
             if other_ptr is not None:
-                up = load(other_ptr, rows * other_stride + columns, there & inside)
+                up = tl.load(other_ptr + rows * other_stride + columns, there & inside, other=0.0)
             y = gated_activation(
-                y, up, ACTIVATION, ALPHA, LIMIT, OFFSET, SIGMOID_ROUNDING, INNER_ROUNDING, PRODUCT_ROUNDING
+                y, up, OF_BF16, ACTIVATION, ALPHA, LIMIT, OFFSET, SIGMOID_ROUNDING, INNER_ROUNDING, PRODUCT_ROUNDING
             )
         if value_ptr is not None:
             tl.store(value_ptr + rows * N + columns, cast(y, value_ptr.dtype.element_ty), there & inside)
@@ -321,8 +332,7 @@ def fused_quant_kernel(
             if TIES is None:
                 tl.store(code_ptr + rows * N + columns, code, there & inside)
             else:
-                HALF: tl.constexpr = piece_number(PIECES, piece, 3) // 2
-                pairs = tl.arange(0, HALF)[None, None, :]
+                pairs = tl.arange(0, piece_number(PIECES, piece, 3) // 2)[None, None, :]
                 at = rows * (N // 2) + groups * (GROUP // 2) + pairs
                 tl.store(code_ptr + at, pack_nibbles(code), present & (pairs < GROUP // 2))
             if scale_ptr is not None and (PEAK == "group" or piece == 0):
