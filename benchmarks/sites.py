@@ -18,7 +18,6 @@ from __future__ import annotations
 
 import argparse
 import itertools
-import os
 import random
 import sys
 import time
@@ -40,7 +39,7 @@ from contestants import BARE, EAGER
 from progress import Progress
 from results import Cell, Result
 from timing import bandwidth, buffer_count, microseconds
-from warming import Warmer
+from warming import Warmer, default_processes
 
 _ALL = {
     "rows": (1, 8, 32, 128, 512, 2048, 8192, 16384, 65536),
@@ -96,6 +95,11 @@ def differing(actual: Any, expected: Any) -> tuple[int, int]:
             different += comparison.different
             elements += comparison.elements
     return different, elements
+
+
+def compile_one(cell: Cell, name: str, device: str) -> None:
+    case = next(case for case in CASES if case.name == cell.site)
+    contestants.compiled(name, case, case.inputs(cell.rows, cell.row, getattr(torch, cell.dtype), device))
 
 
 def measure(cell: Cell, names: Sequence[str], copy: float, device: str) -> Result:
@@ -168,7 +172,8 @@ def run(arguments: argparse.Namespace) -> int:
                 break
             if arguments.jobs:
                 progress.show(f"compiling {len(batch)} cells")
-            warmer.warm(batch, arguments.contestants, device)
+            compiled = [name for name in arguments.contestants if name in contestants.COMPILED]
+            warmer.warm(compile_one, [(cell, name, device) for cell in batch for name in compiled])
             for cell in batch:
                 if time.monotonic() - start > 60 * arguments.minutes:
                     break
@@ -213,9 +218,7 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--json", type=Path, help="append each cell's result to this file, a line of JSON each")
     made.add_argument("--resume", action="store_true", help="leave out the cells that are in the file already")
     made.add_argument("--minutes", type=float, default=float("inf"), help="start no cell after this time")
-    made.add_argument(
-        "--jobs", type=int, default=min(8, (os.cpu_count() or 2) // 2), help="processes that compile; 0 for none"
-    )
+    made.add_argument("--jobs", type=int, default=default_processes(), help="processes that compile; 0 for none")
     made.add_argument(
         "--memory", type=float, default=64, help="leave out cells that take more GiB; at most 60 %% of the device's"
     )

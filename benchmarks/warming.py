@@ -1,21 +1,18 @@
-"""Compile many cells at once: processes that fill the compiler's caches on disk before the one that measures."""
+"""Compile much at once: processes that fill the compiler's caches on disk before the one that measures."""
 
 from __future__ import annotations
 
 import contextlib
 import multiprocessing
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
+from typing import Any
 
 import torch
 
-import contestants
-from cases import CASES
-from results import Cell
-
-_SECONDS_PER_CELL = 120
+_SECONDS_PER_TASK = 60
 
 
 class Warmer:
@@ -23,23 +20,27 @@ class Warmer:
 
     def __init__(self, processes: int) -> None:
         self.pool: ProcessPoolExecutor | None = None
+        self.processes = processes
         if processes:
             spawned = multiprocessing.get_context("spawn")
             self.pool = ProcessPoolExecutor(processes, mp_context=spawned, initializer=_alone)
 
-    def warm(self, cells: Sequence[Cell], names: Sequence[str], device: str) -> None:
-        """Compile the cells as the contestants ``names`` have them; what fails here will fail, and be told, when measured."""
+    def warm(self, compile_one: Callable[..., None], tasks: Sequence[tuple[Any, ...]]) -> None:
+        """Call ``compile_one`` with each task's arguments, and wait; what fails here will fail, and be told, when measured."""
         if self.pool is None:
             return
-        wanted = [name for name in names if name in contestants.COMPILED]
         # A process may be killed, for memory say; then the one that measures compiles alone.
         with contextlib.suppress(BrokenProcessPool):
-            tasks = [self.pool.submit(_compile, cell, name, device) for cell in cells for name in wanted]
-            wait(tasks, timeout=_SECONDS_PER_CELL * max(1, len(cells)))
+            futures = [self.pool.submit(_quietly, compile_one, task) for task in tasks]
+            wait(futures, timeout=_SECONDS_PER_TASK * (1 + len(tasks) / self.processes))
 
     def close(self) -> None:
         if self.pool is not None:
             self.pool.shutdown(wait=False, cancel_futures=True)
+
+
+def default_processes() -> int:
+    return min(8, (os.cpu_count() or 2) // 2)
 
 
 def _alone() -> None:
@@ -48,9 +49,8 @@ def _alone() -> None:
     torch._inductor.config.compile_threads = 1
 
 
-def _compile(cell: Cell, name: str, device: str) -> None:
-    case = next(case for case in CASES if case.name == cell.site)
+def _quietly(compile_one: Callable[..., None], task: tuple[Any, ...]) -> None:
     with contextlib.suppress(Exception), torch.no_grad():
-        contestants.compiled(name, case, case.inputs(cell.rows, cell.row, getattr(torch, cell.dtype), device))
-    if device == "cuda":
+        compile_one(*task)
+    if torch.cuda.is_available():
         torch.cuda.empty_cache()

@@ -10,6 +10,7 @@ import bare
 import contestants
 import results
 import sites
+import tune
 from cases import CASES
 from results import Cell, Result
 
@@ -131,3 +132,41 @@ def test_cells_that_do_not_divide_or_fit_are_left_out():
     assert not [c for c in found if c.row == 2880 and c.site == "none -> group"]
     assert [c for c in found if c.row == 2880 and c.site == "none -> mxfp8"]
     assert not [c for c in found if c.rows * c.row >= 1 << 27]
+
+
+def test_a_sweep_compares_the_chosen_configuration_with_others(tmp_path, capsys):
+    record = tmp_path / "t.jsonl"
+    options = ["--rehearse", "--jobs", "0", "--rows", "2", "--row", "256", "--most", "2", "--json", str(record)]
+    sites_ = ["--site", "add+rms -> group-column", "silu*mul -> static"]
+    assert tune.main([*options, *sites_]) == 0
+    shown = capsys.readouterr().out
+    assert "2 of 2 sweeps: complete" in shown and "few (M ≤ 32)" in shown
+    sweeps = tune.read(record)
+    assert [len(sweep.times) for sweep in sweeps.values()] == [2, 2]
+    before = record.read_text()
+    assert tune.main([*options, *sites_, "--resume"]) == 0
+    assert record.read_text() == before
+
+
+def test_every_configuration_computes_the_same(device):
+    site = "rms -> group"
+    case = next(case for case in CASES if case.name == site)
+    inputs = case.inputs(5, 384, torch.bfloat16, device)
+    chosen, *others = tune.configurations((site, 5, 384, "bfloat16"))
+    expected = tune.launch(site, "bfloat16", chosen, inputs)
+    assert len(others) > 5
+    for config in others[::4]:
+        for actual, wanted in zip(tune.launch(site, "bfloat16", config, inputs), expected, strict=True):
+            assert torch.equal(actual.float(), wanted.float()), config
+
+
+def test_a_class_takes_the_configuration_that_is_fastest_over_it():
+    a, b = (("rows", 1), ("warps", 4)), (("rows", 2), ("warps", 8))
+    sweeps = [
+        tune.Sweep("none -> token", 1, 4096, "bfloat16", [(a, 2.0), (b, 1.0)]),
+        tune.Sweep("none -> token", 32, 4096, "bfloat16", [(a, 1.1), (b, 1.0)]),
+        tune.Sweep("none -> token", 8192, 4096, "bfloat16", [(a, 8.0), (b, 9.0)]),
+    ]
+    few, many = tune.by_class(sweeps)
+    assert "few" in few and "rows=2 warps=8" in few and "1.000" in few and few.endswith("rows=1 warps=4 1.483")
+    assert "many" in many and many.endswith("rows=1 warps=4 1.000")
