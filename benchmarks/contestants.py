@@ -31,7 +31,7 @@ def compiled(name: str, case: Case, inputs: Inputs) -> Callable[..., Any]:
     if inputs[0].device.type != "cuda":
         fn = torch.compile(case.run, backend="fusion_pass_eager" if name == OURS else "aot_eager", dynamic=False)
         fn(*inputs)
-        return fn  # type: ignore[no-any-return]
+        return fn
     fn = torch.compile(case.run, dynamic=False)
     if name == OURS:
         with fusion_pass.enabled(strict=True):
@@ -42,7 +42,7 @@ def compiled(name: str, case: Case, inputs: Inputs) -> Callable[..., Any]:
             fn(*inputs)
     else:
         fn(*inputs)
-    return fn  # type: ignore[no-any-return]
+    return fn
 
 
 def _torchao_rows() -> Callable[..., Any]:

@@ -12,7 +12,6 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import gc
-import json
 import statistics
 import sys
 import time
@@ -26,7 +25,8 @@ import torch
 from torch.autograd import DeviceType
 from torch.utils import _pytree as pytree
 
-import results
+import record
+import tables
 from progress import Progress
 from sites import differing
 from workloads import Workload, workloads
@@ -227,25 +227,10 @@ def line(m: Measurement) -> list[str]:
     ]
 
 
-def table(measured: Sequence[Measurement]) -> list[str]:
-    lines = [HEADER, *map(line, measured)]
-    widths = [max(len(row[i]) for row in lines) for i in range(len(HEADER))]
-    return ["  ".join(text.ljust(w) for text, w in zip(row, widths, strict=True)).rstrip() for row in lines]
-
-
-def markdown(measured: Sequence[Measurement]) -> list[str]:
-    rows = (f"| {' | '.join(line(m))} |" for m in measured)
-    return [f"| {' | '.join(HEADER)} |", "|" + "---|" * len(HEADER), *rows]
-
-
 def read(path: Path) -> dict[tuple[str, str, int], Measurement]:
     """The measurements in a file, by workload, mode and the number of layers asked for."""
     found = {}
-    for text in path.read_text().splitlines() if path.exists() else ():
-        try:
-            asked, fields = json.loads(text)
-        except json.JSONDecodeError:
-            continue
+    for asked, fields in record.read(path):
         found[fields["workload"], fields["mode"], asked] = Measurement(**fields)
     return found
 
@@ -267,15 +252,15 @@ def run(arguments: argparse.Namespace) -> int:
         known[key] = measure(name, makers[name], mode, layers, arguments.runs, device)
         progress.step()
         if arguments.json:
-            with arguments.json.open("a") as file:
-                file.write(json.dumps((layers, dataclasses.asdict(known[key]))) + "\n")
+            record.append(arguments.json, (layers, dataclasses.asdict(known[key])))
     progress.close()
     measured = [known[key] for key in keys if key in known]
+    rows = [line(m) for m in measured]
     print(torch.cuda.get_device_name() if device == "cuda" else "CPU, a rehearsal: the times mean nothing")
-    print("\n".join(table(measured)))
+    print("\n".join(tables.aligned(HEADER, rows)))
     print(f"{len(measured)} of {len(keys)}: {'complete' if len(measured) == len(keys) else 'go on with --resume'}")
     if arguments.markdown:
-        results.write_between_markers(arguments.markdown, "end to end", markdown(measured))
+        tables.write_between_markers(arguments.markdown, "end to end", tables.markdown(HEADER, rows))
     return 0
 
 

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import math
 import statistics
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
+import record
 from contestants import BARE, DEFAULT, EAGER, OURS, TUNED
 
 COLUMNS = (OURS, BARE, DEFAULT, TUNED, EAGER)
@@ -63,20 +63,13 @@ class Result:
 
 
 def append(path: Path, result: Result) -> None:
-    """Add a line to a file, after one that was cut off also."""
-    torn = path.exists() and path.read_bytes()[-1:] not in (b"", b"\n")
-    with path.open("a") as file:
-        file.write("\n" * torn + json.dumps(asdict(result)) + "\n")
+    record.append(path, asdict(result))
 
 
 def read(path: Path) -> list[Result]:
-    """The results in a file, the last of each cell; a line that was cut off is left out."""
+    """The results in a file, the last of each cell."""
     found: dict[Cell, Result] = {}
-    for line in path.read_text().splitlines() if path.exists() else ():
-        try:
-            fields = json.loads(line)
-        except json.JSONDecodeError:
-            continue
+    for fields in record.read(path):
         result = Result(**{**fields, "cell": Cell(**fields["cell"])})
         found[result.cell] = result
     return list(found.values())
@@ -141,24 +134,6 @@ def _over_compiled(result: Result) -> float | None:
     return None if ours is None or result.compiled is None else result.compiled / ours
 
 
-def table(results: Sequence[Result]) -> list[str]:
-    """The results as aligned lines of text."""
-    columns = header(results)
-    lines = [columns, *(row(r, columns) for r in results)]
-    widths = [max(len(line[i]) for line in lines) for i in range(len(columns))]
-    return ["  ".join(text.ljust(w) for text, w in zip(line, widths, strict=True)).rstrip() for line in lines]
-
-
-def markdown(results: Sequence[Result]) -> list[str]:
-    """The results as a table in Markdown."""
-    columns = header(results)
-    return [
-        f"| {' | '.join(columns)} |",
-        "|" + "---|" * len(columns),
-        *(f"| {' | '.join(row(r, columns))} |" for r in results),
-    ]
-
-
 def geometric_mean(ratios: Iterable[float]) -> float | None:
     logarithms = [math.log(ratio) for ratio in ratios]
     return math.exp(statistics.fmean(logarithms)) if logarithms else None
@@ -174,20 +149,20 @@ def summary(results: Sequence[Result]) -> list[str]:
             lines.append(
                 f"{name} / ours: geometric mean {geometric_mean(ratios):.3f}, least {min(ratios):.3f}, of {len(ratios)} cells"
             )
-    lines += _listed("slower than torch.compile", results, _over_compiled, lambda r, ratio: ratio < 1)
+    lines += _listed("slower than torch.compile", results, _over_compiled, lambda ratio: ratio < 1)
     large = [r for r in results if r.cell.rows * r.cell.row >= _MANY_VALUES]
     lines += _listed(
         f"bare / ours under {_BARE_SHARE} from 32 Mi values on",
         large,
         lambda r: r.ratio(BARE),
-        lambda _, s: s < _BARE_SHARE,
+        lambda share: share < _BARE_SHARE,
     )
     few = [r for r in results if r.cell.rows <= _FEW_ROWS]
     lines += _listed(
         f"ours / bare over {_FEW_ROWS_FACTOR} up to {_FEW_ROWS} rows",
         few,
         lambda r: r.ratio(OURS, BARE),
-        lambda _, factor: factor > _FEW_ROWS_FACTOR,
+        lambda factor: factor > _FEW_ROWS_FACTOR,
     )
     differing = [r for r in results if r.differ.get(OURS)]
     lines.append(
@@ -197,23 +172,14 @@ def summary(results: Sequence[Result]) -> list[str]:
     return lines
 
 
-def _listed(title, results, measure, misses) -> list[str]:  # type: ignore[no-untyped-def]
+def _listed(
+    title: str,
+    results: Sequence[Result],
+    measure: Callable[[Result], float | None],
+    misses: Callable[[float], bool],
+) -> list[str]:
     """How many of the results that have the measure miss, and which, the worst first."""
     measured = [(r, value) for r in results if (value := measure(r)) is not None]
-    missed = [(r, value) for r, value in measured if misses(r, value)]
+    missed = [(r, value) for r, value in measured if misses(value)]
     missed.sort(key=lambda pair: abs(math.log(pair[1])), reverse=True)
     return [f"{title}: {len(missed)} of {len(measured)} cells", *(f"    {value:.3f}  {r.cell}" for r, value in missed)]
-
-
-def write_between_markers(document: Path, name: str, lines: Sequence[str]) -> None:
-    """Replace what stands between ``<!-- name -->`` and ``<!-- /name -->`` in a document.
-
-    Raises:
-        ValueError: the document lacks the markers.
-    """
-    text, opening, closing = document.read_text(), f"<!-- {name} -->", f"<!-- /{name} -->"
-    if opening not in text or closing not in text:
-        raise ValueError(f"{document} lacks {opening} … {closing}; allowed: a document with both markers")
-    before, rest = text.split(opening, 1)
-    after = rest.split(closing, 1)[1]
-    document.write_text("\n".join([before + opening, "", *lines, "", closing + after]))

@@ -34,6 +34,7 @@ import bare
 import contestants
 import plot
 import results
+import tables
 from cases import CASES, PROLOGUES, QUANTIZATIONS, Case
 from contestants import BARE, EAGER
 from progress import Progress
@@ -190,13 +191,15 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def report(found: list[Result], wanted: int, arguments: argparse.Namespace) -> None:
-    print("\n".join([*results.table(found), "", *results.summary(found)]))
+    header = results.header(found)
+    rows = [results.row(result, header) for result in found]
+    print("\n".join([*tables.aligned(header, rows), "", *results.summary(found)]))
     print(f"{len(found)} of {wanted} cells: {'complete' if len(found) == wanted else 'go on with --resume'}")
     if arguments.plot:
         arguments.plot.write_text(plot.svg(found))
     if arguments.markdown:
-        lines = [*results.markdown(found), "", "```", *results.summary(found), "```"]
-        results.write_between_markers(arguments.markdown, f"sites {arguments.grid}", lines)
+        lines = [*tables.markdown(header, rows), "", "```", *results.summary(found), "```"]
+        tables.write_between_markers(arguments.markdown, f"sites {arguments.grid}", lines)
 
 
 def parser() -> argparse.ArgumentParser:

@@ -11,7 +11,6 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import itertools
-import json
 import sys
 import time
 from collections import defaultdict
@@ -28,6 +27,7 @@ from fusion_pass.kernels.launch import LaunchConfig
 import fusion_pass
 from fusion_pass.specs import FusedSpec, Granularity, RMSNorm
 
+import record
 from cases import CASES, Case
 from progress import Progress
 from results import geometric_mean
@@ -128,7 +128,7 @@ def candidates(chosen: LaunchConfig, whole: bool) -> Iterator[LaunchConfig]:
 def launch(site: str, dtype: str, config: LaunchConfig, inputs: tuple[torch.Tensor, ...]) -> list[torch.Tensor]:
     spec = recognised(site, inputs[2].numel(), getattr(torch, dtype))
     with mock.patch.object(launching, "configure", lambda *_, **__: config):
-        return launching.launch(spec, *operands(_case(site), inputs))  # type: ignore[arg-type]
+        return launching.launch(spec, *operands(_case(site), inputs))
 
 
 def compile_one(site: str, rows: int, row: int, dtype: str, config: LaunchConfig, device: str) -> None:
@@ -149,7 +149,7 @@ def chosen(key: Key) -> LaunchConfig:
     inputs = case.inputs(rows, row, getattr(torch, dtype), "meta")
     with mock.patch.object(launching, "configure", remember):
         spec = recognised(site, row, getattr(torch, dtype))
-        launching.launch_into_buffers(spec, *operands(case, inputs), wrap=lambda _: _NotLaunched())  # type: ignore[arg-type]
+        launching.launch_into_buffers(spec, *operands(case, inputs), wrap=lambda _: _NotLaunched())
     return taken[-1]
 
 
@@ -189,13 +189,9 @@ def _time(site: str, dtype: str, config: LaunchConfig, buffers: list[tuple[torch
 
 
 def read(path: Path) -> dict[Key, Sweep]:
-    """The sweeps in a file; a line that was cut off is left out."""
+    """The sweeps in a file."""
     found = {}
-    for line in path.read_text().splitlines() if path.exists() else ():
-        try:
-            fields = json.loads(line)
-        except json.JSONDecodeError:
-            continue
+    for fields in record.read(path):
         times = [(tuple((name, value) for name, value in config), us) for config, us in fields.pop("times")]
         made = Sweep(**fields, times=times)
         found[made.site, made.rows, made.row, made.dtype] = made
@@ -253,8 +249,7 @@ def run(arguments: argparse.Namespace) -> int:
             known[key] = sweep(key, device, arguments.most)
             progress.step()
             if arguments.json:
-                with arguments.json.open("a") as file:
-                    file.write(json.dumps(dataclasses.asdict(known[key])) + "\n")
+                record.append(arguments.json, dataclasses.asdict(known[key]))
     finally:
         warmer.close()
         progress.close()

@@ -44,7 +44,7 @@ def _example(name: str) -> Any:
 
 @functools.cache
 def _llama_model(device: str, layers: int) -> torch.nn.Module:
-    return _example("llama_fp8").build(device, layers)  # type: ignore[no-any-return]
+    return _example("llama_fp8").build(device, layers)
 
 
 def llama(device: str, layers: int, batch: int, length: int) -> Workload:
@@ -87,10 +87,8 @@ def block_scaled_product(
 ) -> torch.Tensor:
     """(M, K) codes with (M, K / 128) scales, times (N, K) codes with (N / 128, K / 128) scales: (M, N) bfloat16."""
     if has_block_scaled_mm(codes.device.type):
-        kind = F.ScalingType  # type: ignore[attr-defined]
-        return F.scaled_mm(  # type: ignore[attr-defined, no-any-return]
-            codes, weight.t(), scale, kind.BlockWise1x128, weight_scale.t(), kind.BlockWise128x128
-        )
+        kind = F.ScalingType
+        return F.scaled_mm(codes, weight.t(), scale, kind.BlockWise1x128, weight_scale.t(), kind.BlockWise128x128)
     values = codes.unflatten(-1, (-1, 128)).bfloat16() * scale.bfloat16().unsqueeze(-1)
     blocks = weight.unflatten(0, (-1, 128)).unflatten(-1, (-1, 128)).bfloat16()
     others = blocks * weight_scale.bfloat16()[:, None, :, None]
@@ -103,10 +101,10 @@ def has_block_scaled_mm(device: str) -> bool:
     if device != "cuda" or not hasattr(F, "scaled_mm"):
         return False
     codes, scale = torch.ones(512, 512, device=device).to(E4M3), torch.ones(4, 512, device=device).t()
-    kind = F.ScalingType  # type: ignore[attr-defined]
+    kind = F.ScalingType
     try:
         blocks = torch.ones(4, 4, device=device)
-        F.scaled_mm(codes, codes.t(), scale, kind.BlockWise1x128, blocks.t(), kind.BlockWise128x128)  # type: ignore[attr-defined]
+        F.scaled_mm(codes, codes.t(), scale, kind.BlockWise1x128, blocks.t(), kind.BlockWise128x128)
     except (RuntimeError, NotImplementedError, ValueError):
         return False
     return True
@@ -141,14 +139,14 @@ def _block_scaled_layers(device: str, layers: int) -> torch.nn.Module:
         stack = torch.nn.Sequential(*(BlockScaledLayer(width, hidden) for _ in range(layers)))
     for layer in stack:
         # The scales stay float32.
-        layer.norms.bfloat16()  # type: ignore[operator, union-attr]
+        layer.norms.bfloat16()
     return stack.requires_grad_(False)
 
 
 def block_scaled(device: str, layers: int, tokens: int) -> Workload:
     """Layers of the width of DeepSeek-V3's, scaled by 1 x 128 and 128 x 128 blocks; attention itself is left out."""
     model = _block_scaled_layers(device, layers)
-    width = model[0].norms[0].numel()  # type: ignore[index]
+    width = model[0].norms[0].numel()
     x = torch.randn(tokens, width, device=device).bfloat16()
     note = "" if has_block_scaled_mm(device) else "products of dequantized values: no block-scaled scaled_mm here"
     return Workload(model, lambda forward: forward(x), layers, note)
