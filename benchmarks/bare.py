@@ -18,7 +18,7 @@ from fusion_pass.kernels.arithmetic import cast
 from cases import Case
 
 # Values per program and warps: from what suits one row to what suits many.
-CONFIGS = ((512, 2), (1024, 1), (1024, 2), (1024, 4), (2048, 4), (4096, 4), (8192, 8))
+CONFIGS = ((256, 1), (512, 2), (1024, 1), (1024, 2), (1024, 4), (2048, 4), (4096, 4), (8192, 8))
 
 
 @triton.jit

@@ -12,6 +12,7 @@ from results import Result, geometric_mean
 
 _COLOURS = {OURS: "#1f77b4", BARE: "#999999", DEFAULT: "#d62728", TUNED: "#ff7f0e"}
 _WIDTH, _HEIGHT, _MARGIN, _ACROSS = 250, 160, 34, 4
+_LABEL_WIDTH = 20
 
 
 def svg(results: Sequence[Result]) -> str:
@@ -54,10 +55,14 @@ def _panel(site: str, found: Sequence[Result], left: float, top: float) -> list[
             f'<line x1="{x0}" y1="{up(share):.1f}" x2="{x0 + inner_width}" y2="{up(share):.1f}" stroke="#ddd"/>'
         )
         parts.append(f'<text x="{x0 - 4}" y="{up(share) + 3:.1f}" text-anchor="end">{share:g}</text>')
-    parts += [
-        f'<text x="{across(rows):.1f}" y="{y0 + inner_height + 11:.1f}" text-anchor="middle">{rows}</text>'
-        for rows in counts
-    ]
+    labelled = float("-inf")
+    for rows in counts:
+        if across(rows) - labelled >= _LABEL_WIDTH:
+            labelled = across(rows)
+            text = f"{rows // 1024}k" if rows >= 1024 else str(rows)
+            parts.append(
+                f'<text x="{labelled:.1f}" y="{y0 + inner_height + 11:.1f}" text-anchor="middle">{text}</text>'
+            )
     for name, colour in _COLOURS.items():
         points = []
         for rows in counts:
