@@ -1,15 +1,18 @@
-"""The sites that are timed: eager code as models write it, and the bytes each must at least move."""
+"""The sites that are timed: eager code as models write it, and the bytes each must at least move.
+
+Every prologue meets every quantizer; the names of both make up the site's.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 import torch.nn.functional as F  # noqa: N812
 
 E4M3 = torch.float8_e4m3fn
+_CALIBRATED = 0.0625
 
 
 def rms_norm(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
@@ -17,69 +20,186 @@ def rms_norm(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     return weight * (h * torch.rsqrt(h.pow(2).mean(-1, keepdim=True) + 1e-6)).to(x.dtype)
 
 
-def per_token(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    scale = x.abs().amax(-1, keepdim=True).float().clamp(min=1e-10) / 448.0
-    return (x.float() / scale).clamp(-448, 448).to(E4M3), scale
+def gemma_norm(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    h = x.float()
+    return (h * torch.rsqrt(h.pow(2).mean(-1, keepdim=True) + 1e-6) * (1.0 + weight.float())).to(x.dtype)
 
 
-def per_group(x: torch.Tensor, group: int = 128) -> tuple[torch.Tensor, torch.Tensor]:
-    grouped = x.unflatten(-1, (-1, group)).float()
-    scale = grouped.abs().amax(-1, keepdim=True).clamp(min=1e-10) / 448.0
-    return (grouped / scale).clamp(-448, 448).to(E4M3).flatten(-2), scale.squeeze(-1)
-
-
-def column(codes: torch.Tensor, scale: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    return codes, scale.transpose(-1, -2).contiguous()
-
-
-@dataclass(frozen=True)
-class Case:
-    """One site.
-
-    Attributes:
-        run: the eager code, of x (M, N), other (M, N) or x (M, 2N), and weight (N,).
-        wide: x has rows of 2N values.
-        residual: other is read, and the sum returned.
-    """
-
-    name: str
-    run: Callable[..., Any]
-    wide: bool = False
-    residual: bool = False
-
-    def inputs(self, rows: int, row: int, dtype: torch.dtype, device: str) -> tuple[torch.Tensor, ...]:
-        x = torch.randn(rows, row * 2 if self.wide else row, device=device).to(dtype)
-        other = torch.randn(rows, row, device=device).to(dtype) if self.residual else x
-        return x, other, torch.randn(row, device=device).to(dtype)
-
-    def bytes(self, rows: int, row: int, itemsize: int) -> int:
-        """Every input read once, every output written once; the scales are left out."""
-        reads = 2 if self.wide or self.residual else 1
-        writes = 1 if self.residual else 0
-        return rows * row * ((reads + writes) * itemsize + 1)
-
-
-def _add_norm(quantize: Callable[[torch.Tensor], Any]) -> Callable[..., Any]:
-    def run(x: torch.Tensor, other: torch.Tensor, weight: torch.Tensor) -> Any:
-        total = x + other
-        return (*quantize(rms_norm(total, weight)), total)
-
-    return run
-
-
-def _silu_mul(x: torch.Tensor) -> torch.Tensor:
+def silu_mul(x: torch.Tensor) -> torch.Tensor:
     gate, up = x.chunk(2, -1)
     return F.silu(gate) * up
 
 
-CASES = [
-    Case("rms -> token", lambda x, o, w: per_token(rms_norm(x, w))),
-    Case("add+rms -> token", _add_norm(per_token), residual=True),
-    Case("rms -> group", lambda x, o, w: per_group(rms_norm(x, w))),
-    Case("add+rms -> group, column", _add_norm(lambda y: column(*per_group(y))), residual=True),
-    Case("silu*mul -> token", lambda x, o, w: per_token(_silu_mul(x)), wide=True),
-    Case("silu*mul -> group", lambda x, o, w: per_group(_silu_mul(x)), wide=True),
-    Case("silu*mul -> group, column", lambda x, o, w: column(*per_group(_silu_mul(x))), wide=True),
-    Case("token", lambda x, o, w: per_token(x)),
-    Case("group, column", lambda x, o, w: column(*per_group(x))),
-]
+def gelu_mul(x: torch.Tensor) -> torch.Tensor:
+    gate, up = x.chunk(2, -1)
+    return F.gelu(gate, approximate="tanh") * up
+
+
+def per_token(x: torch.Tensor, given: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    scale = x.abs().amax(-1, keepdim=True).float().clamp(min=1e-10) / 448.0
+    return (x.float() / scale).clamp(-448, 448).to(E4M3), scale
+
+
+def int8_per_token(x: torch.Tensor, given: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    scale = x.float().abs().amax(-1, keepdim=True).clamp(min=1e-5) / 127.0
+    return torch.round(x.float() / scale).clamp(-127, 127).to(torch.int8), scale
+
+
+def calibrated(x: torch.Tensor, given: torch.Tensor) -> tuple[torch.Tensor]:
+    return ((x.float() * given.reciprocal()).clamp(-448, 448).to(E4M3),)
+
+
+def per_group(x: torch.Tensor, given: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    grouped = x.unflatten(-1, (-1, 128)).float()
+    scale = grouped.abs().amax(-1, keepdim=True).clamp(min=1e-10) / 448.0
+    return (grouped / scale).clamp(-448, 448).to(E4M3).flatten(-2), scale.squeeze(-1)
+
+
+def per_group_column(x: torch.Tensor, given: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    codes, scale = per_group(x, given)
+    return codes, scale.transpose(-1, -2).contiguous()
+
+
+def per_group_tma(x: torch.Tensor, given: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    codes, scale = per_group(x, given)
+    return codes, F.pad(scale, (0, 0, 0, -scale.shape[0] % 4)).t().contiguous().t()[: scale.shape[0]]
+
+
+def per_group_packed(x: torch.Tensor, given: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """As DeepGEMM's tests pack power-of-two scales: four exponents to a word, words by columns."""
+    grouped = x.float().unflatten(-1, (-1, 128))
+    scale = torch.exp2(torch.ceil(torch.log2(grouped.abs().amax(-1).clamp(1e-4) / 448.0)))
+    codes = (grouped * (1.0 / scale.unsqueeze(2))).to(E4M3).flatten(-2)
+    rows, groups = scale.shape
+    exponents = (scale.view(torch.int32) >> 23).to(torch.uint8)
+    words = F.pad(exponents, (0, -groups % 4, 0, -rows % 4)).view(torch.int32)
+    return codes, words.t().contiguous().t()[:rows]
+
+
+def mxfp8(x: torch.Tensor, given: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """As torchao casts to MXFP8 with the RCEIL rule."""
+    grouped = x.unflatten(-1, (-1, 32)).float()
+    scale = grouped.abs().amax(-1, keepdim=True) / 448.0
+    exponent = (torch.clamp(torch.ceil(torch.log2(scale)), -127, 127) + 127).to(torch.uint8)
+    multiplier = torch.where(exponent == 0, 1.0, torch.exp2(127 - exponent.to(torch.float32)))
+    codes = torch.clamp(grouped * multiplier, min=-448.0, max=448.0).to(E4M3)
+    return codes.flatten(-2), exponent.squeeze(-1)
+
+
+def mxfp8_blocked(x: torch.Tensor, given: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    codes, exponent = mxfp8(x, given)
+    rows, groups = exponent.shape
+    padded = F.pad(exponent, (0, -groups % 4, 0, -rows % 128))
+    tiles = padded.view(padded.shape[0] // 128, 128, padded.shape[1] // 4, 4).permute(0, 2, 1, 3)
+    return codes, tiles.reshape(-1, 4, 32, 4).transpose(1, 2).reshape(-1, 32, 16).flatten()
+
+
+@dataclass(frozen=True)
+class Prologue:
+    """What is computed before the quantizer.
+
+    Attributes:
+        run: the eager code, of x (M, N), or (M, 2N) if wide, and weight (N,).
+        wide: x has rows of 2N values.
+        residual: another (M, N) is added before, and the sum returned.
+    """
+
+    name: str
+    run: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+    wide: bool = False
+    residual: bool = False
+
+
+@dataclass(frozen=True)
+class Quantization:
+    """How values become codes, and where the scales go.
+
+    Attributes:
+        run: the eager code, of the values (M, N) and a calibrated scale (1,).
+        group: values per scale, or None for a scale per row.
+        scale_bytes: bytes per scale; 0 if no scale is returned.
+        code: the dtype of the codes.
+    """
+
+    name: str
+    run: Callable[[torch.Tensor, torch.Tensor], tuple[torch.Tensor, ...]]
+    group: int | None = None
+    scale_bytes: int = 4
+    code: torch.dtype = E4M3
+
+
+PROLOGUES = (
+    Prologue("none", lambda x, weight: x),
+    Prologue("rms", rms_norm),
+    Prologue("add+rms", rms_norm, residual=True),
+    Prologue("gemma", gemma_norm),
+    Prologue("silu*mul", lambda x, weight: silu_mul(x), wide=True),
+    Prologue("gelu*mul", lambda x, weight: gelu_mul(x), wide=True),
+)
+QUANTIZATIONS = (
+    Quantization("token", per_token),
+    Quantization("group", per_group, 128),
+    Quantization("group-column", per_group_column, 128),
+    Quantization("group-tma", per_group_tma, 128),
+    Quantization("group-packed", per_group_packed, 128, 1),
+    Quantization("static", calibrated, scale_bytes=0),
+    Quantization("int8", int8_per_token, code=torch.int8),
+    Quantization("mxfp8", mxfp8, 32, 1),
+    Quantization("mxfp8-blocked", mxfp8_blocked, 32, 1),
+)
+
+
+@dataclass(frozen=True)
+class Case:
+    """One site: eager code of x, other (the residual, else x again), weight and the calibrated scale."""
+
+    prologue: Prologue
+    quantization: Quantization
+
+    @property
+    def name(self) -> str:
+        return f"{self.prologue.name} -> {self.quantization.name}"
+
+    @property
+    def run(self) -> Callable[..., tuple[torch.Tensor, ...]]:
+        """The codes, the scales if they are returned, and the sum if there is a residual."""
+        prologue, quantize = self.prologue.run, self.quantization.run
+        if self.prologue.residual:
+
+            def site(
+                x: torch.Tensor, other: torch.Tensor, weight: torch.Tensor, given: torch.Tensor
+            ) -> tuple[torch.Tensor, ...]:
+                total = x + other
+                return (*quantize(prologue(total, weight), given), total)
+        else:
+
+            def site(
+                x: torch.Tensor, other: torch.Tensor, weight: torch.Tensor, given: torch.Tensor
+            ) -> tuple[torch.Tensor, ...]:
+                return quantize(prologue(x, weight), given)
+
+        return site
+
+    def takes(self, row: int) -> bool:
+        """Whether rows of ``row`` values divide into groups."""
+        return row % (self.quantization.group or 1) == 0
+
+    def inputs(self, rows: int, row: int, dtype: torch.dtype, device: str) -> tuple[torch.Tensor, ...]:
+        x = torch.randn(rows, row * 2 if self.prologue.wide else row, device=device).to(dtype)
+        other = torch.randn(rows, row, device=device).to(dtype) if self.prologue.residual else x
+        return x, other, torch.randn(row, device=device).to(dtype), torch.tensor([_CALIBRATED], device=device)
+
+    def scales(self, rows: int, row: int) -> int:
+        """How many scales are returned, padding left out."""
+        quantization = self.quantization
+        return rows * (row // (quantization.group or row)) if quantization.scale_bytes else 0
+
+    def bytes(self, rows: int, row: int, itemsize: int) -> int:
+        """Every input read once, every output written once; a norm's weight, which stays in the cache, is left out."""
+        reads = 2 if self.prologue.wide or self.prologue.residual else 1
+        writes = 1 if self.prologue.residual else 0
+        codes = rows * row * ((reads + writes) * itemsize + self.quantization.code.itemsize)
+        return codes + self.scales(rows, row) * self.quantization.scale_bytes
+
+
+CASES = tuple(Case(prologue, quantization) for prologue in PROLOGUES for quantization in QUANTIZATIONS)

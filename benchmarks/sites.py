@@ -1,125 +1,247 @@
-"""Time every site with the pass, with plain torch.compile and unfused, beside the floor of its bytes.
+"""Time every site with the pass, with plain torch.compile and unfused, beside bare traffic and the floor of its bytes.
 
-    python benchmarks/sites.py [--rows 32 8192] [--row 4096 5120] [--json FILE]
+    python benchmarks/sites.py --grid quick --json quick.jsonl --plot quick.svg
+    python benchmarks/sites.py --grid full --json full.jsonl --resume --minutes 9     # again, until it says it is complete
 
-Times are medians of CUDA-graph replays over rotating buffers that exceed the L2 cache. The floor is each input read and
-each output written once, at the copy bandwidth measured in the same run.
+    ours           with the pass
+    bare           the fastest of a few kernels that only read the inputs and write outputs: what these bytes cost
+    compile        torch.compile of the same code without the pass, default options
+    compile-tuned  the same with Inductor's coordinate_descent_tuning
+    eager          unfused
+    floor          the bytes at the copy bandwidth of this run
+
+Times are medians in microseconds per call, of CUDA-graph replays over rotating buffers. Each contestant's outputs are compared
+with eager's, bit for bit, in the same run. Kernels of installed libraries join where they compute a site.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
-import math
-import statistics
+import itertools
+import random
 import sys
-from collections.abc import Callable
+import time
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch.utils import _pytree as pytree
 
-import fusion_pass
 from fusion_pass.testing import compare
 
-from cases import CASES, Case
+import bare
+import contestants
+import plot
+import results
+import tables
+from cases import CASES, PROLOGUES, QUANTIZATIONS, Case
+from contestants import BARE, EAGER
+from progress import Progress
+from results import Cell, Result
+from timing import bandwidth, buffer_count, microseconds
+from warming import Warmer, default_processes
 
-_ROTATED_BYTES = 200 << 20
+_ALL = {
+    "rows": (1, 8, 32, 128, 512, 2048, 8192, 16384, 65536),
+    "row": (1024, 2048, 2880, 3072, 4096, 5120, 7168, 8192, 14336, 16384),
+    "dtype": ("bfloat16", "float16"),
+    "prologue": tuple(p.name for p in PROLOGUES),
+    "quantizer": tuple(q.name for q in QUANTIZATIONS),
+}
+GRIDS: dict[str, dict[str, tuple[Any, ...]]] = {
+    "quick": {
+        "rows": (32, 512, 8192),
+        "row": (4096, 7168),
+        "dtype": ("bfloat16",),
+        "prologue": ("none", "rms", "add+rms", "silu*mul"),
+        "quantizer": ("token", "group", "group-column", "mxfp8"),
+    },
+    "full": _ALL,
+    "rehearsal": {
+        "rows": (3,),
+        "row": (256,),
+        "dtype": ("bfloat16",),
+        "prologue": ("none", "add+rms", "silu*mul"),
+        "quantizer": ("group-column",),
+    },
+}
+_COMPARED_AT_ONCE = 1 << 26
+# What eager code holds at most beside its inputs and outputs: a few float32 tensors.
+_EAGER_BYTES_PER_VALUE = 24
 
 
-def microseconds(fn: Callable[..., Any], buffers: list[tuple[Any, ...]], replays: int = 30) -> float:
-    """The time of one call: a CUDA graph of at least 20 calls over the buffers, replayed."""
-    calls = [buffers[i % len(buffers)] for i in range(max(20, len(buffers)))]
-    stream = torch.cuda.Stream()
-    with torch.cuda.stream(stream):
-        for arguments in calls[:3]:
-            fn(*arguments)
-    torch.cuda.synchronize()
-    graph, kept = torch.cuda.CUDAGraph(), []
-    with torch.cuda.graph(graph):
-        kept = [fn(*arguments) for arguments in calls]
-    times = []
-    for _ in range(replays):
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start.record()
-        graph.replay()
-        end.record()
-        end.synchronize()
-        times.append(start.elapsed_time(end) * 1e3 / len(calls))
-    del kept
-    return statistics.median(times)
+def cells(grid: dict[str, Sequence[Any]], memory: float) -> Iterator[Cell]:
+    """The cells of a grid whose rows divide into groups and that take no more than ``memory`` bytes; sizes vary slowest."""
+    wanted = [c for c in CASES if c.prologue.name in grid["prologue"] and c.quantization.name in grid["quantizer"]]
+    for rows, row, dtype, case in itertools.product(grid["rows"], grid["row"], grid["dtype"], wanted):
+        moved = case.bytes(rows, row, 2)
+        if case.takes(row) and buffer_count(moved) * moved + rows * row * _EAGER_BYTES_PER_VALUE <= memory:
+            yield Cell(case.name, rows, row, dtype)
 
 
-def bandwidth() -> float:
-    """Bytes per microsecond that a copy reads and writes."""
-    pairs = [tuple(torch.empty(256 << 20, dtype=torch.uint8, device="cuda") for _ in range(2)) for _ in range(2)]
-    return 2 * (256 << 20) / microseconds(lambda a, b: b.copy_(a), pairs)
+def differing(actual: Any, expected: Any) -> tuple[int, int]:
+    """How many elements of two results differ in their bits, and of how many; in parts, for comparing takes memory.
+
+    Raises:
+        AssertionError: the results differ in structure, or a pair of tensors in shape, dtype or device.
+    """
+    left, right = pytree.tree_leaves(actual), pytree.tree_leaves(expected)
+    assert len(left) == len(right), f"{len(left)} outputs are not {len(right)}"
+    different, elements = 0, 0
+    for a, b in zip(left, right, strict=True):
+        assert a.shape == b.shape, f"shape {a.shape} is not {b.shape}"
+        for parts in zip(a.flatten().split(_COMPARED_AT_ONCE), b.flatten().split(_COMPARED_AT_ONCE), strict=True):
+            comparison = compare(*parts)
+            different += comparison.different
+            elements += comparison.elements
+    return different, elements
 
 
-def compiled(case: Case) -> Callable[..., Any]:
-    torch._dynamo.reset()
-    return torch.compile(case.run, dynamic=False)
+def compile_one(cell: Cell, name: str, device: str) -> None:
+    case = next(case for case in CASES if case.name == cell.site)
+    contestants.compiled(name, case, case.inputs(cell.rows, cell.row, getattr(torch, cell.dtype), device))
 
 
-def measure(case: Case, rows: int, row: int, copy: float) -> dict[str, Any]:
-    moved = case.bytes(rows, row, 2)
-    count = min(64, max(2, math.ceil(_ROTATED_BYTES / moved)))
-    buffers = [case.inputs(rows, row, torch.bfloat16, "cuda") for _ in range(count)]
-    expected = case.run(*buffers[0])
-    plain = compiled(case)
-    plain_differs = compare(plain(*buffers[0]), expected)
-    result: dict[str, Any] = {"case": case.name, "M": rows, "N": row, "floor": moved / copy}
-    result["inductor"] = microseconds(plain, buffers)
-    with fusion_pass.enabled(strict=True):
-        fused = compiled(case)
-        differs = compare(fused(*buffers[0]), expected)
-        result["ours"] = microseconds(fused, buffers)
-    result["eager"] = microseconds(case.run, buffers)
-    result["differ"], result["inductor differs"], result["of"] = (
-        differs.different,
-        plain_differs.different,
-        differs.elements,
-    )
+def measure(cell: Cell, names: Sequence[str], copy: float, device: str) -> Result:
+    """Time one cell; what raises is recorded with the contestant that did."""
+    case = next(case for case in CASES if case.name == cell.site)
+    moved = case.bytes(cell.rows, cell.row, 2)
+    result = Result(cell, floor=moved / copy)
+    try:
+        buffers = [
+            case.inputs(cell.rows, cell.row, getattr(torch, cell.dtype), device) for _ in range(buffer_count(moved))
+        ]
+        expected = case.run(*buffers[0])
+    except Exception as error:
+        result.errors[EAGER] = _first_line(error)
+        return result
+    for name in names:
+        _attempt(name, case, buffers, expected, result)
+    if device == "cuda":
+        del buffers, expected
+        torch.cuda.empty_cache()
     return result
 
 
-def line(result: dict[str, Any]) -> str:
-    return (
-        f"{result['case']:26} {result['M']:6}x{result['N']:<6} floor {result['floor']:7.1f}  ours {result['ours']:7.1f}  "
-        f"inductor {result['inductor']:7.1f} ({result['inductor'] / result['ours']:4.2f}x)  eager {result['eager']:7.1f} "
-        f"({result['eager'] / result['ours']:5.1f}x)  differ {result['differ']} / inductor {result['inductor differs']} "
-        f"of {result['of']}"
-    )
+def _attempt(name: str, case: Case, buffers: list[Any], expected: Any, result: Result) -> None:
+    try:
+        _time(name, case, buffers, expected, result)
+    except Exception as error:
+        result.errors[name] = _first_line(error)
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rows", type=int, nargs="+", default=[1, 32, 512, 8192])
-    parser.add_argument("--row", type=int, nargs="+", default=[4096, 5120, 8192])
-    parser.add_argument("--json", type=Path, help="also write the results here")
-    arguments = parser.parse_args()
-    if not torch.cuda.is_available():
-        print("this benchmark needs a CUDA device", file=sys.stderr)
-        return 2
-    copy = bandwidth()
-    print(
-        f"{torch.cuda.get_device_name()}, torch {torch.__version__}, copy {copy / 1e6:.2f} TB/s; microseconds",
-        flush=True,
-    )
-    results = []
-    with torch.no_grad():
-        for case in CASES:
-            for row in arguments.row:
-                for rows in arguments.rows:
-                    results.append(measure(case, rows, row, copy))
-                    print(line(results[-1]), flush=True)
-    ratio = math.exp(statistics.fmean(math.log(r["inductor"] / r["ours"]) for r in results))
-    print(
-        f"geometric mean over torch.compile: {ratio:.2f}x; slower in {sum(r['ours'] > r['inductor'] for r in results)}"
-    )
-    if arguments.json:
-        arguments.json.write_text(json.dumps(results, indent=1))
+def _time(name: str, case: Case, buffers: list[Any], expected: Any, result: Result) -> None:
+    if name == BARE:
+        result.times[name] = min(microseconds(run, buffers) for run in bare.candidates(case))
+    elif name == EAGER:
+        result.times[name] = microseconds(case.run, buffers)
+    elif name == "rivals":
+        for library, kernel in contestants.rivals(case, buffers[0]).items():
+            result.times[library] = microseconds(kernel, buffers)
+    else:
+        fn = contestants.compiled(name, case, buffers[0])
+        result.differ[name], result.elements = differing(fn(*buffers[0]), expected)
+        result.times[name] = microseconds(fn, buffers)
+
+
+def _first_line(error: Exception) -> str:
+    return f"{type(error).__name__}: {str(error).strip()}".splitlines()[0][:300]
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Measure what is not yet in the file, in batches that are compiled in parallel and then timed in quiet."""
+    start = time.monotonic()
+    device = "cpu" if arguments.grid == "rehearsal" else "cuda"
+    copy = bandwidth(device)
+    name = torch.cuda.get_device_name() if device == "cuda" else "CPU, a rehearsal: the times mean nothing"
+    print(f"{name}, torch {torch.__version__}, copy {copy / 1e6:.2f} TB/s; microseconds", flush=True)
+    memory = arguments.memory * 2**30
+    if device == "cuda":
+        memory = min(memory, 0.6 * torch.cuda.get_device_properties(0).total_memory)
+    wanted = list(cells({key: getattr(arguments, key) for key in _ALL}, memory))
+    if arguments.sample is not None and arguments.sample < len(wanted):
+        wanted = random.Random(0).sample(wanted, arguments.sample)
+    known = {r.cell: r for r in results.read(arguments.json)} if arguments.resume else {}
+    todo = [cell for cell in wanted if cell not in known]
+    progress, warmer = Progress(len(todo)), Warmer(arguments.jobs)
+    batch_size = max(1, 4 * arguments.jobs)
+    try:
+        for first in range(0, len(todo), batch_size):
+            batch = todo[first : first + batch_size]
+            if time.monotonic() - start > 60 * arguments.minutes:
+                break
+            if arguments.jobs:
+                progress.show(f"compiling {len(batch)} cells")
+            compiled = [name for name in arguments.contestants if name in contestants.COMPILED]
+            warmer.warm(compile_one, [(cell, name, device) for cell in batch for name in compiled])
+            for cell in batch:
+                if time.monotonic() - start > 60 * arguments.minutes:
+                    break
+                progress.show(str(cell))
+                known[cell] = measure(cell, arguments.contestants, copy, device)
+                progress.step()
+                if arguments.json:
+                    results.append(arguments.json, known[cell])
+    finally:
+        warmer.close()
+        progress.close()
+    report([known[cell] for cell in wanted if cell in known], len(wanted), arguments)
     return 0
+
+
+def report(found: list[Result], wanted: int, arguments: argparse.Namespace) -> None:
+    header = results.header(found)
+    rows = [results.row(result, header) for result in found]
+    print("\n".join([*tables.aligned(header, rows), "", *results.summary(found)]))
+    print(f"{len(found)} of {wanted} cells: {'complete' if len(found) == wanted else 'go on with --resume'}")
+    if arguments.plot:
+        arguments.plot.write_text(plot.svg(found))
+    if arguments.markdown:
+        lines = [*tables.markdown(header, rows), "", "```", *results.summary(found), "```"]
+        tables.write_between_markers(arguments.markdown, f"sites {arguments.grid}", lines)
+
+
+def parser() -> argparse.ArgumentParser:
+    made = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    made.add_argument(
+        "--grid", choices=GRIDS, default="quick", help="which cells; rehearsal needs no GPU, and times mean nothing"
+    )
+    for name, values in _ALL.items():
+        made.add_argument(
+            f"--{name}",
+            nargs="+",
+            type=type(values[0]),
+            choices=values if name != "rows" else None,
+            help=f"instead of the grid's: {' '.join(map(str, values))}",
+        )
+    made.add_argument("--sample", type=int, help="only so many of the cells, drawn at random, the same each time")
+    every = (contestants.OURS, BARE, contestants.DEFAULT, contestants.TUNED, EAGER, "rivals")
+    made.add_argument("--contestants", nargs="+", choices=every, default=list(every))
+    made.add_argument("--json", type=Path, help="append each cell's result to this file, a line of JSON each")
+    made.add_argument("--resume", action="store_true", help="leave out the cells that are in the file already")
+    made.add_argument("--minutes", type=float, default=float("inf"), help="start no cell after this time")
+    made.add_argument("--jobs", type=int, default=default_processes(), help="processes that compile; 0 for none")
+    made.add_argument(
+        "--memory", type=float, default=64, help="leave out cells that take more GiB; at most 60 %% of the device's"
+    )
+    made.add_argument("--plot", type=Path, help="draw the results into this SVG file")
+    made.add_argument("--markdown", type=Path, help="write the table into this document, between its markers")
+    return made
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    arguments = parser().parse_args(argv)
+    for name, values in GRIDS[arguments.grid].items():
+        if getattr(arguments, name) is None:
+            setattr(arguments, name, values)
+    if arguments.resume and arguments.json is None:
+        parser().error("--resume needs --json, the file to go on with")
+    if arguments.grid != "rehearsal" and not torch.cuda.is_available():
+        print("this benchmark needs a CUDA device; --grid rehearsal runs without", file=sys.stderr)
+        return 2
+    with torch.no_grad():
+        return run(arguments)
 
 
 if __name__ == "__main__":

@@ -1,101 +1,285 @@
-"""Sweep launch configurations of each cell on this GPU, and print the fastest beside the one that is chosen.
+"""Sweep the launch configurations of each site on this GPU: the table behind ``configure`` in kernels/launch.py.
 
-    python benchmarks/tune.py [--row 4096 8192] [--rows 32 8192]
+    python benchmarks/tune.py [--site "rms -> token"] [--row 4096 8192] [--rows 32 8192] [--json FILE --resume --minutes 9]
 
-``configure`` in kernels/launch.py holds what follows from such a sweep.
+For each site and size, the fastest configuration beside the chosen one; then for each site, row length and class of M the one
+that is fastest over the class, which is what a table should hold. Sites are those of cases.py, as the pass recognises them.
 """
 
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import itertools
-import math
 import sys
-from collections.abc import Iterator
+import time
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Sequence
+from functools import cache
+from pathlib import Path
+from typing import Any
 from unittest import mock
 
 import torch
 from fusion_pass.kernels import launch as launching
-from fusion_pass.kernels.launch import LaunchConfig, configure
+from fusion_pass.kernels.launch import LaunchConfig
 
-from fusion_pass.specs import FusedSpec, GatedActivation, NoPrologue, Quantizer, RMSNorm, ScaleLayout
+import fusion_pass
+from fusion_pass.specs import FusedSpec, Granularity, RMSNorm
 
-from sites import bandwidth, microseconds
+import record
+from cases import CASES, Case
+from progress import Progress
+from results import geometric_mean
+from timing import buffer_count, microseconds
+from warming import Warmer, default_processes
 
-BF16 = torch.bfloat16
-NORM = RMSNorm(1e-6, normalized=BF16, product=BF16)
-ADD_NORM = RMSNorm(1e-6, normalized=BF16, product=BF16, residual_sum=BF16)
-SILU = GatedActivation(activated=BF16, product=BF16)
-TOKEN, GROUP = Quantizer.dynamic(), Quantizer.dynamic(group=128, amax_floor=1e-10)
-CELLS = {
-    "rms -> token": FusedSpec(NORM, TOKEN),
-    "add+rms -> token": FusedSpec(ADD_NORM, TOKEN, sum_output=BF16),
-    "rms -> group": FusedSpec(NORM, GROUP),
-    "add+rms -> group, column": FusedSpec(ADD_NORM, GROUP, ScaleLayout.COLUMN, sum_output=BF16),
-    "silu*mul -> token": FusedSpec(SILU, TOKEN),
-    "silu*mul -> group": FusedSpec(SILU, GROUP),
-    "token": FusedSpec(NoPrologue(), TOKEN),
-    "group, column": FusedSpec(NoPrologue(), GROUP, ScaleLayout.COLUMN),
+SITES = (
+    "none -> token",
+    "none -> group-column",
+    "none -> static",
+    "none -> mxfp8-blocked",
+    "rms -> token",
+    "rms -> group",
+    "rms -> static",
+    "add+rms -> token",
+    "add+rms -> group-column",
+    "silu*mul -> token",
+    "silu*mul -> group",
+    "silu*mul -> static",
+    "gelu*mul -> group",
+)
+# What each field of a configuration may be; a field that LaunchConfig lacks is not swept.
+_CHOICES: dict[str, tuple[int, ...]] = {
+    "rows": (1, 2, 4, 8),
+    "groups": (1, 2, 4, 8, 16, 32, 64, 128, 256, 512),
+    "warps": (1, 2, 4, 8, 16, 32),
+    "stages": (1, 2, 3),
 }
+_VALUES_PER_THREAD = (4, 128)
+_CLASSES = {"few (M ≤ 32)": 32, "some (M ≤ 1024)": 1024, "many": float("inf")}
+_REPLAYS = 9
+
+Key = tuple[str, int, int, str]
+Configuration = tuple[tuple[str, Any], ...]
 
 
-def candidates(spec: FusedSpec, row: int) -> Iterator[LaunchConfig]:
-    chosen = configure(spec, row)
-    whole = isinstance(spec.prologue, RMSNorm) or spec.quantizer.group is None
-    for rows, groups, warps in itertools.product(
-        (1, 2, 4), (chosen.groups,) if whole else (2, 4, 8, 16), (1, 2, 4, 8, 16)
-    ):
-        values = rows * groups * chosen.lanes
-        if 2 <= values // (32 * warps) <= 128:
-            yield LaunchConfig(rows, groups, chosen.lanes, warps)
+@dataclasses.dataclass
+class Sweep:
+    """The times of the configurations of one site at one size, in microseconds; the first is the chosen one."""
+
+    site: str
+    rows: int
+    row: int
+    dtype: str
+    times: list[tuple[Configuration, float]]
+
+    @property
+    def chosen(self) -> tuple[Configuration, float]:
+        return self.times[0]
+
+    @property
+    def best(self) -> tuple[Configuration, float]:
+        return min(self.times, key=lambda timed: timed[1])
 
 
-def inputs(spec: FusedSpec, rows: int, row: int) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
-    both = torch.randn(rows, 2 * row, device="cuda").to(BF16)
-    weight = torch.randn(row, device="cuda").to(BF16)
-    if isinstance(spec.prologue, GatedActivation):
-        gate, up = both.chunk(2, -1)
-        return gate, up, None
-    x = both[:, :row].contiguous()
-    if isinstance(spec.prologue, RMSNorm):
-        return x, None if spec.sum_output is None else both[:, row:].contiguous(), weight
-    return x, None, None
+@cache
+def recognised(site: str, row: int, dtype: torch.dtype) -> FusedSpec:
+    """What the pass sees in a case; it takes no GPU."""
+    case = _case(site)
+    torch._dynamo.reset()
+    with torch.no_grad():
+        return fusion_pass.explain(case.run, *case.inputs(8, row, dtype, "cpu"), device="cuda").fused[0].spec
 
 
-def sweep(name: str, spec: FusedSpec, counts: list[int], row: int, copy: float) -> None:
-    """Time every candidate at each number of rows, and rank by the geometric mean."""
-    configs = [configure(spec, row), *(c for c in candidates(spec, row) if c != configure(spec, row))]
-    times: dict[LaunchConfig, list[float]] = {config: [] for config in configs}
-    floors = []
-    for rows in counts:
-        reads = (2 if inputs(spec, 1, row)[1] is not None else 1) + (spec.sum_output is not None)
-        moved = rows * row * (2 * reads + 1)
-        floors.append(f"{moved / copy:.1f}")
-        buffers = [inputs(spec, rows, row) for _ in range(max(2, min(32, (200 << 20) // moved)))]
-        for config in configs:
-            with mock.patch.object(launching, "configure", lambda *_, config=config, **__: config):
-                times[config].append(microseconds(lambda *a: launching.launch(spec, *a), buffers, replays=7))
-    best = sorted(configs, key=lambda c: math.prod(times[c]))[:4]
-    print(f"{name}, rows of {row}, M = {counts}: floor {floors}, chosen {_shown(configs[0], times)}")
-    for config in best:
-        print(f"    {_shown(config, times)}", flush=True)
+def _case(site: str) -> Case:
+    return next(case for case in CASES if case.name == site)
 
 
-def _shown(config: LaunchConfig, times: dict[LaunchConfig, list[float]]) -> str:
-    measured = " ".join(f"{t:.1f}" for t in times[config])
-    return f"{measured} ({config.rows} rows, {config.groups} groups, {config.warps} warps)"
+def operands(case: Case, inputs: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor | None, ...]:
+    """x, other, weight and given as the kernel of a case takes them."""
+    x, other, weight, given = inputs
+    calibrated = given if case.quantization.scale_bytes == 0 else None
+    if case.prologue.wide:
+        return (*x.chunk(2, -1), None, calibrated)
+    if case.prologue.name == "none":
+        return x, None, None, calibrated
+    return x, other if case.prologue.residual else None, weight, calibrated
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rows", type=int, nargs="+", default=[32, 8192])
-    parser.add_argument("--row", type=int, nargs="+", default=[2048, 4096, 5120, 8192])
-    parser.add_argument("--cell", nargs="+", default=list(CELLS))
-    arguments = parser.parse_args()
-    copy = bandwidth()
-    for name, row in itertools.product(arguments.cell, arguments.row):
-        sweep(name, CELLS[name], arguments.rows, row, copy)
+def candidates(chosen: LaunchConfig, whole: bool) -> Iterator[LaunchConfig]:
+    """The chosen configuration, then the others with a sensible number of values to a thread.
+
+    Args:
+        whole: a program must hold whole rows: the number of groups is given.
+    """
+    yield chosen
+    fields = [f.name for f in dataclasses.fields(chosen) if f.name in _CHOICES]
+    choices = [(chosen.groups,) if name == "groups" and whole else _CHOICES[name] for name in fields]
+    least, most = _VALUES_PER_THREAD
+    for values in itertools.product(*choices):
+        config = dataclasses.replace(chosen, **dict(zip(fields, values, strict=True)))
+        held = config.rows * config.groups * config.lanes
+        small = held <= 8192 or config.rows == 1
+        if config != chosen and small and least <= held / (32 * config.warps) <= most:
+            yield config
+
+
+def launch(site: str, dtype: str, config: LaunchConfig, inputs: tuple[torch.Tensor, ...]) -> list[torch.Tensor]:
+    spec = recognised(site, inputs[2].numel(), getattr(torch, dtype))
+    with mock.patch.object(launching, "configure", lambda *_, **__: config):
+        return launching.launch(spec, *operands(_case(site), inputs))
+
+
+def compile_one(site: str, rows: int, row: int, dtype: str, config: LaunchConfig, device: str) -> None:
+    launch(site, dtype, config, _case(site).inputs(rows, row, getattr(torch, dtype), device))
+
+
+def chosen(key: Key) -> LaunchConfig:
+    """The configuration that a launch at this size takes."""
+    site, rows, row, dtype = key
+    taken: list[LaunchConfig] = []
+    configure = launching.configure
+
+    def remember(*arguments: Any, **options: Any) -> LaunchConfig:
+        taken.append(configure(*arguments, **options))
+        return taken[-1]
+
+    case = _case(site)
+    inputs = case.inputs(rows, row, getattr(torch, dtype), "meta")
+    with mock.patch.object(launching, "configure", remember):
+        spec = recognised(site, row, getattr(torch, dtype))
+        launching.launch_into_buffers(spec, *operands(case, inputs), wrap=lambda _: _NotLaunched())
+    return taken[-1]
+
+
+class _NotLaunched:
+    """Stands for a kernel."""
+
+    def __getitem__(self, grid: Any) -> Callable[..., None]:
+        return lambda **_: None
+
+
+def configurations(key: Key) -> list[LaunchConfig]:
+    site, _, row, dtype = key
+    spec = recognised(site, row, getattr(torch, dtype))
+    whole = isinstance(spec.prologue, RMSNorm) or spec.quantizer.granularity is Granularity.ROW
+    return list(candidates(chosen(key), whole))
+
+
+def sweep(key: Key, device: str, most: int | None = None) -> Sweep:
+    """Time the configurations of one site at one size; one that does not compile or run counts as endless."""
+    site, rows, row, dtype = key
+    case = _case(site)
+    count = buffer_count(case.bytes(rows, row, 2))
+    buffers = [case.inputs(rows, row, getattr(torch, dtype), device) for _ in range(count)]
+    times = [
+        (tuple(dataclasses.asdict(config).items()), _time(site, dtype, config, buffers))
+        for config in configurations(key)[:most]
+    ]
+    return Sweep(site, rows, row, dtype, times)
+
+
+def _time(site: str, dtype: str, config: LaunchConfig, buffers: list[tuple[torch.Tensor, ...]]) -> float:
+    try:
+        return microseconds(lambda *inputs: launch(site, dtype, config, inputs), buffers, replays=_REPLAYS)
+    except Exception as error:
+        print(f"{site}, {config}: {type(error).__name__}: {error}"[:300], file=sys.stderr)
+        return float("inf")
+
+
+def read(path: Path) -> dict[Key, Sweep]:
+    """The sweeps in a file."""
+    found = {}
+    for fields in record.read(path):
+        times = [(tuple((name, value) for name, value in config), us) for config, us in fields.pop("times")]
+        made = Sweep(**fields, times=times)
+        found[made.site, made.rows, made.row, made.dtype] = made
+    return found
+
+
+def by_class(sweeps: Sequence[Sweep]) -> list[str]:
+    """For each site, row length and class of M: the configuration that is fastest over the class, and the chosen ones."""
+    groups: dict[tuple[str, int, str, str], list[Sweep]] = defaultdict(list)
+    for found in sweeps:
+        name = next(name for name, most in _CLASSES.items() if found.rows <= most)
+        groups[found.site, found.row, found.dtype, name].append(found)
+    lines = []
+    for (site, row, dtype, name), members in sorted(groups.items()):
+        shared = set.intersection(*({config for config, _ in m.times} for m in members))
+        mean = {c: geometric_mean(dict(m.times)[c] / m.best[1] for m in members) or 0.0 for c in shared}
+        best = min(mean, key=lambda c: mean[c])
+        chosen = geometric_mean(m.chosen[1] / m.best[1] for m in members)
+        lines.append(
+            f"{site:26} {row:6} {dtype:9} {name:16} {_shown(best):36} {mean[best]:.3f}  chosen: "
+            f"{' / '.join(dict.fromkeys(_shown(m.chosen[0]) for m in members))} {chosen:.3f}"
+        )
+    return lines
+
+
+def by_size(sweeps: Sequence[Sweep]) -> list[str]:
+    return [
+        f"{s.site:26} {s.rows:6}x{s.row:<6} {s.dtype:9} chosen {s.chosen[1]:8.2f} ({_shown(s.chosen[0])})  "
+        f"best {s.best[1]:8.2f} ({_shown(s.best[0])})  {s.chosen[1] / s.best[1]:.3f}"
+        for s in sweeps
+    ]
+
+
+def _shown(config: Configuration) -> str:
+    return " ".join(f"{name}={value}" for name, value in config if name != "lanes")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    start = time.monotonic()
+    device = "cpu" if arguments.rehearse else "cuda"
+    keys = [
+        (site, rows, row, arguments.dtype)
+        for site, row, rows in itertools.product(arguments.site, arguments.row, arguments.rows)
+        if _case(site).takes(row)
+    ]
+    known = read(arguments.json) if arguments.resume else {}
+    todo = [key for key in keys if key not in known]
+    progress, warmer = Progress(len(todo)), Warmer(arguments.jobs)
+    try:
+        for key in todo:
+            if time.monotonic() - start > 60 * arguments.minutes:
+                break
+            progress.show(" ".join(map(str, key)))
+            warmer.warm(compile_one, [(*key, config, device) for config in configurations(key)[: arguments.most]])
+            known[key] = sweep(key, device, arguments.most)
+            progress.step()
+            if arguments.json:
+                record.append(arguments.json, dataclasses.asdict(known[key]))
+    finally:
+        warmer.close()
+        progress.close()
+    found = [known[key] for key in keys if key in known]
+    print("\n".join([*by_size(found), "", "the fastest over each class, as a factor of each size's own best:"]))
+    print("\n".join(by_class(found)))
+    print(f"{len(found)} of {len(keys)} sweeps: {'complete' if len(found) == len(keys) else 'go on with --resume'}")
     return 0
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rows", type=int, nargs="+", default=[1, 32, 512, 8192])
+    parser.add_argument("--row", type=int, nargs="+", default=[2048, 4096, 5120, 7168, 8192])
+    parser.add_argument("--dtype", choices=("bfloat16", "float16"), default="bfloat16")
+    parser.add_argument("--site", nargs="+", choices=[case.name for case in CASES], default=list(SITES))
+    parser.add_argument("--json", type=Path, help="append each sweep to this file, a line of JSON each")
+    parser.add_argument("--resume", action="store_true", help="leave out the sweeps that are in the file already")
+    parser.add_argument("--minutes", type=float, default=float("inf"), help="start no sweep after this time")
+    parser.add_argument("--jobs", type=int, default=default_processes(), help="processes that compile; 0 for none")
+    parser.add_argument("--most", type=int, help="try only so many configurations of each")
+    parser.add_argument("--rehearse", action="store_true", help="run on a CPU, where times mean nothing")
+    arguments = parser.parse_args(argv)
+    if arguments.resume and arguments.json is None:
+        parser.error("--resume needs --json, the file to go on with")
+    if not (arguments.rehearse or torch.cuda.is_available()):
+        print("this benchmark needs a CUDA device; --rehearse runs without", file=sys.stderr)
+        return 2
+    with torch.no_grad():
+        return run(arguments)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,203 @@
+"""The benchmarks' logic on a CPU: tiny shapes, the interpreter, the wall clock."""
+
+import math
+import xml.etree.ElementTree as ElementTree
+
+import pytest
+import torch
+
+import bare
+import contestants
+import end_to_end
+import results
+import sites
+import tune
+import workloads
+from cases import CASES
+from results import Cell, Result
+
+pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="a rehearsal for machines without a GPU")
+
+
+def rehearse(*options):
+    return sites.main(["--grid", "rehearsal", "--jobs", "0", *map(str, options)])
+
+
+def test_a_run_measures_every_contestant_and_can_be_resumed(tmp_path, capsys):
+    record, drawing, document = tmp_path / "r.jsonl", tmp_path / "r.svg", tmp_path / "r.md"
+    document.write_text("before\n<!-- sites rehearsal -->\nold\n<!-- /sites rehearsal -->\nafter\n")
+    kept = ["--json", record, "--resume", "--plot", drawing, "--markdown", document]
+    assert rehearse(*kept, "--minutes", 0) == 0
+    assert "0 of 3 cells: go on with --resume" in capsys.readouterr().out
+    assert rehearse(*kept) == 0
+    assert "3 of 3 cells: complete" in capsys.readouterr().out
+    measured = results.read(record)
+    assert len(measured) == 3
+    for result in measured:
+        assert result.errors == {}
+        assert set(result.times) == set(results.COLUMNS)
+        assert all(result.differ[name] == 0 for name in contestants.COMPILED)
+        assert result.elements > 3 * 256
+    assert "before" in document.read_text() and "| add+rms -> group-column | 3x256 |" in document.read_text()
+    assert "old" not in document.read_text()
+    assert ElementTree.parse(drawing).getroot().tag.endswith("svg")
+    before = record.read_text()
+    assert rehearse(*kept) == 0
+    assert record.read_text() == before
+
+
+def test_an_error_is_recorded_and_the_run_goes_on(tmp_path, monkeypatch, capsys):
+    def fails(*_):
+        raise RuntimeError("out of paper")
+
+    monkeypatch.setattr(contestants, "compiled", fails)
+    record = tmp_path / "r.jsonl"
+    assert rehearse("--json", record, "--contestants", "ours", "eager") == 0
+    for result in results.read(record):
+        assert result.errors == {"ours": "RuntimeError: out of paper"}
+        assert set(result.times) == {"eager"}
+    assert "out of paper" in capsys.readouterr().out
+
+
+def test_bare_traffic_has_the_outputs_of_the_site(device):
+    for name in ("add+rms -> mxfp8", "silu*mul -> group", "none -> int8", "gelu*mul -> static"):
+        case = next(case for case in CASES if case.name == name)
+        inputs = case.inputs(3, 384, torch.bfloat16, device)
+        expected = case.run(*inputs)
+        codes, scales, total = bare.bare(case, 512, 1)(*inputs)
+        assert codes.shape == expected[0].shape and codes.dtype == expected[0].dtype
+        if case.prologue.wide:
+            value = inputs[0][:, :384].float() + inputs[0][:, 384:].float()
+        else:
+            value = inputs[0].float() + (inputs[1].float() if case.prologue.residual else 0)
+        within = value.abs() < 100
+        assert torch.equal(codes.float()[within], value.to(codes.dtype).float()[within])
+        assert (scales is None) == (not case.quantization.scale_bytes)
+        if scales is not None:
+            assert scales.numel() == expected[1].numel() and scales.element_size() == case.quantization.scale_bytes
+            assert (scales == 1).all()
+        assert (total is None) == (not case.prologue.residual)
+        if total is not None:
+            assert torch.equal(total, expected[-1])
+
+
+def test_bytes_are_those_of_the_tensors(device):
+    for case in (c for c in CASES if c.prologue.name == "none" or c.quantization.name == "token"):
+        inputs = case.inputs(128, 512, torch.bfloat16, device)
+        read = {id(t): t for t in inputs[:2]}
+        written = case.run(*inputs)
+        moved = sum(t.numel() * t.element_size() for t in (*read.values(), *written))
+        assert case.bytes(128, 512, 2) == moved, case.name
+
+
+def result(site="rms -> token", rows=1, row=4096, **times):
+    return Result(Cell(site, rows, row, "bfloat16"), 1.0, times, {"ours": 0}, 10)
+
+
+def test_the_summary_lists_what_misses_a_goal():
+    found = [
+        result(rows=8, ours=2.0, bare=1.0, compile=4.0),
+        result(rows=32, ours=1.2, bare=1.0, compile=1.0),
+        result(rows=8192, ours=10.0, bare=9.0, compile=40.0),
+        result(rows=16384, ours=10.0, bare=9.5, compile=40.0),
+    ]
+    text = results.summary(found)
+    mean = math.exp(sum(map(math.log, (2.0, 1 / 1.2, 4.0, 4.0))) / 4)
+    assert f"compile / ours: geometric mean {mean:.3f}, least 0.833, of 4 cells" in text
+    assert "slower than torch.compile: 1 of 4 cells" in text
+    assert "    0.833  rms -> token  32x4096 bfloat16" in text
+    assert "bare / ours under 0.92 from 32 Mi values on: 1 of 2 cells" in text
+    assert "    0.900  rms -> token  8192x4096 bfloat16" in text
+    assert "ours / bare over 1.3 up to 32 rows: 1 of 2 cells" in text
+    assert "    2.000  rms -> token  8x4096 bfloat16" in text
+
+
+def test_the_faster_of_two_compiled_times_counts():
+    tuned = Result(Cell("none -> token", 1, 1024, "float16"), times={"ours": 2.0, "compile": 5.0, "compile-tuned": 1.0})
+    assert tuned.compiled == 1.0
+    assert "slower than torch.compile: 1 of 1 cells" in results.summary([tuned])
+
+
+def test_a_line_cut_off_is_measured_again(tmp_path):
+    record = tmp_path / "r.jsonl"
+    results.append(record, result(ours=1.0))
+    results.append(record, result(rows=2, ours=1.0))
+    record.write_text(record.read_text()[:-20])
+    assert [r.cell.rows for r in results.read(record)] == [1]
+    results.append(record, result(rows=3, ours=1.0))
+    assert [r.cell.rows for r in results.read(record)] == [1, 3]
+
+
+def test_cells_that_do_not_divide_or_fit_are_left_out():
+    grid = {**sites.GRIDS["full"], "quantizer": ("group", "mxfp8"), "prologue": ("none",)}
+    found = list(sites.cells(grid, memory=1 << 30))
+    assert not [c for c in found if c.row == 2880 and c.site == "none -> group"]
+    assert [c for c in found if c.row == 2880 and c.site == "none -> mxfp8"]
+    assert not [c for c in found if c.rows * c.row >= 1 << 27]
+
+
+def test_a_sweep_compares_the_chosen_configuration_with_others(tmp_path, capsys):
+    record = tmp_path / "t.jsonl"
+    options = ["--rehearse", "--jobs", "0", "--rows", "2", "--row", "256", "--most", "2", "--json", str(record)]
+    sites_ = ["--site", "add+rms -> group-column", "silu*mul -> static"]
+    assert tune.main([*options, *sites_]) == 0
+    shown = capsys.readouterr().out
+    assert "2 of 2 sweeps: complete" in shown and "few (M ≤ 32)" in shown
+    sweeps = tune.read(record)
+    assert [len(sweep.times) for sweep in sweeps.values()] == [2, 2]
+    before = record.read_text()
+    assert tune.main([*options, *sites_, "--resume"]) == 0
+    assert record.read_text() == before
+
+
+def test_every_configuration_computes_the_same(device):
+    site = "rms -> group"
+    case = next(case for case in CASES if case.name == site)
+    inputs = case.inputs(5, 384, torch.bfloat16, device)
+    chosen, *others = tune.configurations((site, 5, 384, "bfloat16"))
+    expected = tune.launch(site, "bfloat16", chosen, inputs)
+    assert len(others) > 5
+    for config in others[::4]:
+        for actual, wanted in zip(tune.launch(site, "bfloat16", config, inputs), expected, strict=True):
+            assert torch.equal(actual.float(), wanted.float()), config
+
+
+def test_a_class_takes_the_configuration_that_is_fastest_over_it():
+    a, b = (("rows", 1), ("warps", 4)), (("rows", 2), ("warps", 8))
+    sweeps = [
+        tune.Sweep("none -> token", 1, 4096, "bfloat16", [(a, 2.0), (b, 1.0)]),
+        tune.Sweep("none -> token", 32, 4096, "bfloat16", [(a, 1.1), (b, 1.0)]),
+        tune.Sweep("none -> token", 8192, 4096, "bfloat16", [(a, 8.0), (b, 9.0)]),
+    ]
+    few, many = tune.by_class(sweeps)
+    assert "few" in few and "rows=2 warps=8" in few and "1.000" in few and few.endswith("rows=1 warps=4 1.483")
+    assert "many" in many and many.endswith("rows=1 warps=4 1.000")
+
+
+def test_whole_models_are_timed_and_what_fails_is_told(tmp_path, monkeypatch, capsys):
+    def broken(device, layers):
+        raise RuntimeError("no such model")
+
+    known = end_to_end.workloads
+    monkeypatch.setattr(end_to_end, "workloads", lambda device: {**known(device), "broken": broken})
+    record, document = tmp_path / "e.jsonl", tmp_path / "e.md"
+    document.write_text("<!-- end to end -->\n<!-- /end to end -->\n")
+    options = ["--rehearse", "--layers", "1", "--runs", "1", "--mode", "default", "--only", "block-scaled 2", "broken"]
+    options += ["--json", str(record), "--markdown", str(document), "--resume"]
+    assert end_to_end.main(options) == 0
+    assert "2 of 2: complete" in capsys.readouterr().out
+    layer, failed = end_to_end.read(record).values()
+    assert layer.error == "" and layer.differ == {"without": 0, "with": 0} and layer.elements == 2 * 256
+    assert failed.error == "RuntimeError: no such model"
+    assert "| block-scaled 2 | default |" in document.read_text() and "no such model" in document.read_text()
+    before = record.read_text()
+    assert end_to_end.main(options) == 0
+    assert record.read_text() == before
+
+
+def test_a_block_scaled_linear_is_near_the_product_it_stands_for(device):
+    linear = workloads.BlockScaledLinear(256, 128).to(device)
+    x = torch.randn(4, 256, device=device).bfloat16()
+    blocks = linear.weight.float().view(1, 128, 2, 128) * linear.scale.view(1, 1, 2, 1)
+    expected = x.float() @ blocks.view(128, 256).t()
+    assert (linear(x).float() - expected).norm() < 0.05 * expected.norm()
