@@ -20,7 +20,6 @@ from typing import NamedTuple
 
 import torch
 
-
 from .ops import Quantized
 from .specs import (
     FusedSpec,

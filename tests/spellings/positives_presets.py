@@ -80,10 +80,13 @@ def aiter_add_rms(x, residual, weight):
     return codes, scale.transpose(0, 1).contiguous().view(*scale.shape), n.to(x.dtype), h.to(x.dtype)
 
 
+_INVERSE = torch.tensor(448.0).reciprocal().item()
+
+
 def _sglang(n, group=None):
     blocks = n.unflatten(-1, (-1, group)) if group else n
     amax = blocks.abs().amax(-1, keepdim=True).clamp(min=1e-10)
-    scale = amax * (1.0 / torch.tensor(448.0)).item()
+    scale = amax * _INVERSE
     codes = (blocks * scale.reciprocal()).clamp(-448.0, 448.0).to(E4M3)
     return (codes.flatten(-2), scale.squeeze(-1)) if group else (codes, scale)
 
@@ -133,7 +136,7 @@ def rtp_contiguous(x):
     return codes, F.pad(scale, (0, 0, 0, -scale.shape[0] % 4)).t().contiguous().t()[: scale.shape[0]]
 
 
-@positive(f"{RTP} with packed exponents", "silu_mul_per_group_128_ue8m0_bytes_packed", inputs=halves(shape=(6, 768)))
+@positive(f"{RTP} with packed exponents", "silu_mul_per_group_128_ue8m0_bytes_packed", inputs=halves(shape=(6, 1280)))
 def rtp_packed(x):
     codes, scale = _rtp(x, power_of_two=True)
     exponents = (scale.view(torch.int32) >> 23).to(torch.uint8)
