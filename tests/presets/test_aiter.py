@@ -1,12 +1,13 @@
 """aiter's flatten and norm kernels: against their arithmetic in plain PyTorch, scales looked up where they are stored."""
 
-import awkward
 import pytest
 import torch
 
 from fusion_pass import layouts
 from fusion_pass.presets import fused_flatten_fp8_group_quant, fused_rms_fp8_group_quant
 from fusion_pass.testing import compare
+
+import awkward
 
 BF16, F16, F32 = torch.bfloat16, torch.float16, torch.float32
 E4M3, FNUZ = torch.float8_e4m3fn, torch.float8_e4m3fnuz

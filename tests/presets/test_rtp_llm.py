@@ -1,6 +1,5 @@
 """rtp-llm's silu-and-mul kernels of [up | gate]: against their arithmetic in plain PyTorch, scales where TMA reads them."""
 
-import awkward
 import pytest
 import torch
 import torch.nn.functional as F  # noqa: N812
@@ -14,6 +13,8 @@ from fusion_pass.presets import (
 )
 from fusion_pass.specs import ScaleLayout
 from fusion_pass.testing import compare
+
+import awkward
 
 BF16, F16, F32 = torch.bfloat16, torch.float16, torch.float32
 TOKENS = [0, 1, 4, 5, 13]

@@ -1,11 +1,12 @@
 """sglang's norm kernels, per row and per group: against their arithmetic in plain PyTorch."""
 
-import awkward
 import pytest
 import torch
 
 from fusion_pass.presets import add_rmsnorm_quant, rmsnorm_quant
 from fusion_pass.testing import compare
+
+import awkward
 
 BF16, F16, F32 = torch.bfloat16, torch.float16, torch.float32
 E4M3, FNUZ = torch.float8_e4m3fn, torch.float8_e4m3fnuz

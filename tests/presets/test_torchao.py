@@ -1,11 +1,12 @@
 """torchao's rowwise cast: against its arithmetic in float64, and against torchao."""
 
-import awkward
 import pytest
 import torch
 
 from fusion_pass.presets import fp8_rowwise_2d_scale_and_cast
 from fusion_pass.testing import compare
+
+import awkward
 
 BF16, F16, F32 = torch.bfloat16, torch.float16, torch.float32
 ROUNDED = pytest.mark.parametrize("power_of_two", [False, True], ids=["exact", "power of two"])
