@@ -1,4 +1,4 @@
-"""torchao's rowwise cast: against its arithmetic in float64, and against torchao."""
+"""torchao's rowwise cast: against its arithmetic in float64; test_libraries.py has torchao itself."""
 
 import pytest
 import torch
@@ -53,23 +53,6 @@ def test_every_bfloat16_amax(device):
     for power_of_two in (False, True):
         actual = fp8_rowwise_2d_scale_and_cast(x, power_of_two)
         assert compare(tuple(actual), expected_quant(x, power_of_two)).equal
-
-
-@pytest.mark.parametrize("dtype", [BF16, F32], ids=str)
-@ROUNDED
-def test_the_bytes_are_torchao_s(dtype, power_of_two, device):
-    float8 = pytest.importorskip("torchao.float8.float8_utils")
-    axis = pytest.importorskip("torchao.float8.config").ScalingGranularity.AXISWISE
-    for x in (awkward.rows(640, device, dtype), torch.randn(37, 1000, device=device).to(dtype)):
-        scale = float8.tensor_to_scale(
-            x,
-            torch.float8_e4m3fn,
-            scaling_granularity=axis,
-            axiswise_dim=-1,
-            round_scales_to_power_of_2=power_of_two,
-        )
-        codes = float8.to_fp8_saturated(x.float() * scale, torch.float8_e4m3fn)
-        assert compare(tuple(fp8_rowwise_2d_scale_and_cast(x, power_of_two)), (codes, scale)).equal
 
 
 @pytest.mark.parametrize(
