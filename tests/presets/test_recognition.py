@@ -8,6 +8,7 @@ from fusion_pass import presets
 from fusion_pass.backends import collecting
 from fusion_pass.presets import ScaleFormat
 from fusion_pass.specs import ScaleLayout
+from fusion_pass.testing import compare
 
 import spellings
 from spellings import positives_presets as spelled
@@ -43,3 +44,23 @@ def test_the_spec_is_the_preset_s(name, device):
     torch.compile(spelling.fn, backend=collecting(report), dynamic=False)(*spelling.inputs(device))
     assert [site.spec for site in report.fused] == [EXPECTED[name]]
     assert report.missed == []
+
+
+@pytest.mark.parametrize("name", EXPECTED)
+def test_the_spec_is_the_same_on_a_gpu(name):
+    """A tensor of the device divides there as well; what is written with Python numbers would be multiplied."""
+    spelling = SPELLINGS[name]
+    report = fusion_pass.explain(spelling.fn, *spelling.inputs("cpu"), device="cuda")
+    assert [site.spec for site in report.fused] == [EXPECTED[name]]
+
+
+@pytest.mark.parametrize("name", ["aiter_flatten_strided", "aiter_flatten_viewed"])
+def test_heads_of_any_number_of_tokens(name, device):
+    spelling = SPELLINGS[name]
+    report = fusion_pass.Report()
+    compiled = torch.compile(spelling.fn, backend=collecting(report), fullgraph=True)
+    for tokens in (6, 11):
+        x = torch.randn(tokens, 4, 256, device=device).to(BF16)
+        torch._dynamo.mark_dynamic(x, 0)
+        assert compare(compiled(x), spelling.fn(x)).equal
+    assert [site.spec for site in report.fused] == [EXPECTED[name]]
