@@ -20,6 +20,7 @@ from typing import NamedTuple
 
 import torch
 
+from .checks import require, require_dims
 from .ops import Quantized
 from .specs import (
     FusedSpec,
@@ -70,15 +71,6 @@ class Multiplied(NamedTuple):
 
     codes: torch.Tensor
     multiplier: torch.Tensor
-
-
-def _require(condition: bool, name: str, value: object, allowed: str) -> None:
-    if not condition:
-        raise ValueError(f"{name} is {value}; allowed: {allowed}")
-
-
-def _require_dims(name: str, tensor: torch.Tensor, dims: str) -> None:
-    _require(tensor.dim() == dims.count(",") + 1, f"shape of {name}", tuple(tensor.shape), dims)
 
 
 def _columns_or_rows(columns: bool) -> ScaleLayout:
@@ -144,9 +136,9 @@ def fused_flatten_fp8_group_quant(
 
     Source: ROCm/aiter pull request 3041, which described the contiguous presentation and merged the strided one.
     """
-    _require_dims("x", x, "(M, N1, N2)")
+    require_dims("x", x, "(M, N1, N2)")
     whole = group_size > 0 and x.shape[-1] % group_size == 0
-    _require(whole, "group_size", group_size, f"a divisor of the segment length {x.shape[-1]} of x {tuple(x.shape)}")
+    require(whole, "group_size", group_size, f"a divisor of the segment length {x.shape[-1]} of x {tuple(x.shape)}")
     spec = aiter_flatten_spec(group_size, dtype_quant, transpose_scale=transpose_scale)
     codes, scale = torch.ops.fusion_pass.quant(x.flatten(1), None, spec.encode())
     return Quantized(codes, _presented(scale, transpose_scale, is_x_scale_strided))
@@ -210,9 +202,10 @@ def fused_rms_fp8_group_quant(
 
     Source: ROCm/aiter ``fused_rms_fp8_group_quant``.
     """
-    _require_dims("inp1", inp1, "(M, N1)")
-    given = [argument is not None for argument in (inp2, inp2_weight, inp2_epsilon)]
-    _require(all(given) or not any(given), "inp2_weight or inp2_epsilon", None, "None only if inp2 is, and only then")
+    require_dims("inp1", inp1, "(M, N1)")
+    for name, argument in (("inp2_weight", inp2_weight), ("inp2_epsilon", inp2_epsilon)):
+        absent = argument is None
+        require(absent is (inp2 is None), name, "None" if absent else "given", "None exactly if inp2 is")
     spec = aiter_rms_norm_spec(
         inp1_epsilon,
         group_size,
@@ -258,7 +251,7 @@ def sglang_rms_norm_spec(
 
     Source: sgl-project/sglang pull request 21403, over aiter's ``add_rmsnorm_quant``.
     """
-    _require(group_size in _SGLANG_GROUPS, "group_size", group_size, ", ".join(map(str, _SGLANG_GROUPS)))
+    require(group_size in _SGLANG_GROUPS, "group_size", group_size, ", ".join(map(str, _SGLANG_GROUPS)))
     bound = torch.finfo(dtype).max
     quantizer = Quantizer.dynamic(
         dtype,
@@ -337,7 +330,7 @@ def _rms_norm_quant(
     shuffle_scale: bool,
     gemma_norm: bool,
 ) -> tuple[Quantized, torch.Tensor | None]:
-    _require_dims("x", x, "(M, N)")
+    require_dims("x", x, "(M, N)")
     spec = sglang_rms_norm_spec(
         eps,
         group_size,
@@ -376,7 +369,7 @@ def rtp_silu_mul_spec(
         assert quantizer.scale is not None
         byte = Term("u8", (Term("shr", (Term("bits", (quantizer.scale,)), 23)),))
         quantizer = dataclasses.replace(quantizer, scale=byte, scale_dtype=torch.uint8)
-    _require(
+    require(
         (layout is ScaleLayout.PACKED) is (scale_format is ScaleFormat.UE8M0_WORDS),
         "layout",
         layout.value,
@@ -388,7 +381,7 @@ def rtp_silu_mul_spec(
 def _up_and_gate(x: torch.Tensor, group_size: int) -> tuple[torch.Tensor, torch.Tensor]:
     size = x.shape[-1]
     whole = group_size > 0 and size % (2 * group_size) == 0
-    _require(whole, "shape of x", tuple(x.shape), f"rows of 2H values, H a multiple of the group length {group_size}")
+    require(whole, "shape of x", tuple(x.shape), f"rows of 2H values, H a multiple of the group length {group_size}")
     return x[..., : size // 2], x[..., size // 2 :]
 
 
@@ -410,7 +403,7 @@ def silu_and_mul_contiguous_fp8_post_quant(
 
     Source: alibaba/rtp-llm pull request 816.
     """
-    _require_dims("x", x, "(T, 2H)")
+    require_dims("x", x, "(T, 2H)")
     up, gate = _up_and_gate(x, group_size)
     packed = scale_format is ScaleFormat.UE8M0_WORDS
     spec = rtp_silu_mul_spec(group_size, scale_format, ScaleLayout.PACKED if packed else ScaleLayout.TMA)
@@ -437,7 +430,7 @@ def silu_and_mul_masked_fp8_post_quant(
 
     Source: rtp-llm's masked sibling of the kernel in pull request 816.
     """
-    _require_dims("x", x, "(E, T, 2H)")
+    require_dims("x", x, "(E, T, 2H)")
     up, gate = _up_and_gate(x, group_size)
     spec = rtp_silu_mul_spec(group_size, scale_format, ScaleLayout.COLUMN)
     codes, scale = torch.ops.fusion_pass.act_mul_quant(gate, up, None, spec.encode())
@@ -475,6 +468,6 @@ def fp8_rowwise_2d_scale_and_cast(x: torch.Tensor, round_scales_to_power_of_2: b
 
     Source: pytorch/ao pull request 3973.
     """
-    _require_dims("x", x, "(M, K)")
+    require_dims("x", x, "(M, K)")
     spec = torchao_rowwise_spec(round_scales_to_power_of_2=round_scales_to_power_of_2)
     return Multiplied(*torch.ops.fusion_pass.quant(x, None, spec.encode()))

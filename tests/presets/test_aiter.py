@@ -121,12 +121,16 @@ def test_flatten_of_any_strides(strided, transpose_scale, device):
     [
         (lambda x: fused_flatten_fp8_group_quant(x[..., :96]), r"group_size is 128; allowed: a divisor of .* 96 of x"),
         (lambda x: fused_flatten_fp8_group_quant(x, 0), r"group_size is 0; allowed"),
-        (lambda x: fused_flatten_fp8_group_quant(x[0]), r"shape of x is \(4, 128\); allowed: \(M, N1, N2\)"),
+        (
+            lambda x: fused_flatten_fp8_group_quant(x[0]),
+            r"shape of x is \(4, 128\); allowed: 3 dimensions \(M, N1, N2\)",
+        ),
         (lambda x: fused_flatten_fp8_group_quant(x.double()), r"x is torch.float64; allowed"),
         # Groups of a ragged row: the last one would be shorter.
         (lambda x: fused_rms_fp8_group_quant(x[0, :, :100], x[0, 0, :100], 1e-6), r"rows of 100 values.* length 128"),
         (lambda x: fused_rms_fp8_group_quant(x, x[0, 0], 1e-6), r"shape of inp1 is \(2, 4, 128\)"),
-        (lambda x: fused_rms_fp8_group_quant(x[0], x[0, 0], 1e-6, x[0]), r"inp2_weight or inp2_epsilon is None"),
+        (lambda x: fused_rms_fp8_group_quant(x[0], x[0, 0], 1e-6, x[0]), r"inp2_weight is None; allowed"),
+        (lambda x: fused_rms_fp8_group_quant(x[0], x[0, 0], 1e-6, inp2_epsilon=1.0), r"inp2_epsilon is given; allowed"),
         (lambda x: fused_rms_fp8_group_quant(x[0], x[0, 0, :64], 1e-6), r"weight has shape \(64,\); allowed: \(128,\)"),
         (lambda x: fused_rms_fp8_group_quant(x[0], x[0, 0], 1e-6, res1=x[0, :2]), r"residual has shape \(2, 128\)"),
     ],

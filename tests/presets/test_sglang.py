@@ -100,7 +100,7 @@ def test_random_rows_stay_in_budget(device):
     [
         (lambda x, w: rmsnorm_quant(x, w, 1e-6, 48), r"group_size is 48; allowed: 0, 32, 64, 128"),
         (lambda x, w: rmsnorm_quant(x[:, :200], w[:200], 1e-6, 128), r"rows of 200 values.* length 128"),
-        (lambda x, w: rmsnorm_quant(x[0], w, 1e-6), r"shape of x is \(384,\); allowed: \(M, N\)"),
+        (lambda x, w: rmsnorm_quant(x[0], w, 1e-6), r"shape of x is \(384,\); allowed: 2 dimensions \(M, N\)"),
         (lambda x, w: add_rmsnorm_quant(x, x[:2], w, 1e-6), r"residual has shape \(2, 384\); allowed: \(4, 384\)"),
         (lambda x, w: rmsnorm_quant(x, w.long(), 1e-6), r"weight is torch.int64; allowed"),
         (lambda x, w: rmsnorm_quant(x, w, float("nan")), r"eps is nan; allowed: a finite number"),

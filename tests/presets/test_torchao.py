@@ -58,7 +58,7 @@ def test_every_bfloat16_amax(device):
 @pytest.mark.parametrize(
     ("call", "named"),
     [
-        (lambda x: fp8_rowwise_2d_scale_and_cast(x[0]), r"shape of x is \(32,\); allowed: \(M, K\)"),
+        (lambda x: fp8_rowwise_2d_scale_and_cast(x[0]), r"shape of x is \(32,\); allowed: 2 dimensions \(M, K\)"),
         (lambda x: fp8_rowwise_2d_scale_and_cast(x.double()), r"x is torch.float64; allowed"),
         (lambda x: fp8_rowwise_2d_scale_and_cast(x[:, :0]), r"rows of 0 values; allowed: 1 to 65536"),
         (lambda x: fp8_rowwise_2d_scale_and_cast(x[:, :1].expand(4, 65537)), r"rows of 65537 values"),
