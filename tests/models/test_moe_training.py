@@ -54,7 +54,7 @@ def test_inductor_runs_the_step():
         compiled = torch.compile(moe, backend="fusion_pass", dynamic=False)
         counters.clear()
         actual = moe_training.loss_and_gradients(moe, compiled, x, target)
-        assert counters["fusion_pass"]["fused"] == 16
+        assert counters["fusion_pass"]["fused"] >= 16 and not counters["fusion_pass"]["missed_quantizer"]
         expected = moe_training.loss_and_gradients(moe, moe, x, target)
     for a, e in zip(actual, expected, strict=True):
         assert (a.float() - e.float()).norm() <= 0.05 * e.float().norm()
