@@ -4,7 +4,8 @@
     fusion_pass.register()          # once, before torch.compile
     model = torch.compile(model)
 
-See :func:`register`, :func:`unregister`, :func:`enabled`, :func:`explain`, :func:`register_op` and :mod:`fusion_pass.ops`.
+See :func:`register`, :func:`unregister`, :func:`enabled`, :func:`explain`, :func:`register_op`,
+:mod:`fusion_pass.ops` and :mod:`fusion_pass.presets`.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from .registration import enabled, register, unregister
 
 if TYPE_CHECKING:
-    from . import ops
+    from . import ops, presets
     from .explanation import explain
     from .graph_pass import UnfusedSiteError
     from .patterns.opaque import register_op, unregister_op
@@ -30,6 +31,7 @@ __all__ = [
     "enabled",
     "explain",
     "ops",
+    "presets",
     "register",
     "register_op",
     "unregister",
@@ -51,8 +53,8 @@ _LAZY = {
 def __getattr__(name: str) -> Any:
     import importlib
 
-    if name == "ops":
-        return importlib.import_module(".ops", __name__)
+    if name in ("ops", "presets"):
+        return importlib.import_module(f".{name}", __name__)
     if name in _LAZY:
         value = getattr(importlib.import_module(f".{_LAZY[name]}", __name__), name)
         globals()[name] = value

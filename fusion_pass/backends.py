@@ -18,10 +18,12 @@ def fusion_pass(gm: fx.GraphModule, inputs: Sequence[Any], **options: Any) -> Ca
     Args:
         options: as ``torch.compile``'s for Inductor.
     """
-    from torch._inductor.compile_fx import compile_fx
+    from torch._inductor.compile_fx import compile_fx, compile_fx_inner
 
+    # Backward graphs are compiled later, when this has returned.
+    inner = registration.enabled(registration.DEVICES)(compile_fx_inner)
     with registration.enabled(registration.DEVICES):
-        return compile_fx(gm, inputs, config_patches=options.get("options"))  # type: ignore[no-any-return, return-value]
+        return compile_fx(gm, inputs, inner, config_patches=options.get("options"))  # type: ignore[no-any-return, return-value]
 
 
 def fusion_pass_eager(gm: fx.GraphModule, inputs: Sequence[Any], **_: Any) -> Callable[..., Any]:

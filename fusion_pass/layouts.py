@@ -25,6 +25,8 @@ from collections.abc import Sequence
 import torch
 import torch.nn.functional as F  # noqa: N812
 
+from .checks import require, require_dims
+
 # The tensor memory accelerator wants columns that start at multiples of 16 bytes: 4 values of float32 or int32.
 _TMA_ROWS = 4
 _WORD_GROUPS = 4
@@ -43,18 +45,8 @@ def ceil_to(size: int, multiple: int) -> int:
     return -(-size // multiple) * multiple
 
 
-def _require(condition: bool, name: str, value: object, allowed: str) -> None:
-    if not condition:
-        raise ValueError(f"{name} is {value}; allowed: {allowed}")
-
-
-def _require_dims(name: str, tensor: torch.Tensor, dims: str) -> None:
-    count = dims.count(",") + 1
-    _require(tensor.dim() == count, f"shape of {name}", tuple(tensor.shape), f"{count} dimensions {dims}")
-
-
 def _require_dtype(name: str, tensor: torch.Tensor, allowed: Sequence[torch.dtype]) -> None:
-    _require(tensor.dtype in allowed, f"dtype of {name}", tensor.dtype, ", ".join(map(str, allowed)))
+    require(tensor.dtype in allowed, f"dtype of {name}", tensor.dtype, ", ".join(map(str, allowed)))
 
 
 def _require_strides(name: str, tensor: torch.Tensor, strides: tuple[int, ...]) -> None:
@@ -65,17 +57,17 @@ def _require_strides(name: str, tensor: torch.Tensor, strides: tuple[int, ...]) 
         size == 1 or actual == wanted
         for size, actual, wanted in zip(tensor.shape, tensor.stride(), strides, strict=True)
     )
-    _require(same, f"strides of {name}", tensor.stride(), str(strides))
+    require(same, f"strides of {name}", tensor.stride(), str(strides))
 
 
 def _require_contiguous(name: str, tensor: torch.Tensor) -> None:
-    _require(tensor.is_contiguous(), f"strides of {name}", tensor.stride(), "those of a contiguous tensor")
+    require(tensor.is_contiguous(), f"strides of {name}", tensor.stride(), "those of a contiguous tensor")
 
 
 def _require_trim(rows: int, columns: int, packed: torch.Tensor, row_unit: int, column_unit: int) -> None:
     shape = (ceil_to(rows, row_unit), ceil_to(columns, column_unit))
     allowed = f"{shape} for {rows} rows and {columns} columns"
-    _require(tuple(packed.shape) == shape, "shape of packed", tuple(packed.shape), allowed)
+    require(tuple(packed.shape) == shape, "shape of packed", tuple(packed.shape), allowed)
 
 
 def _dense(tensor: torch.Tensor) -> torch.Tensor:
@@ -104,7 +96,7 @@ def pack_column_major(scale: torch.Tensor) -> torch.Tensor:
 
     Source: vLLM ``per_token_group_quant_fp8`` with column_major_scales, aiter ``transpose_scale`` as merged.
     """
-    _require_dims("scale", scale, "(M, G)")
+    require_dims("scale", scale, "(M, G)")
     return _columns(scale, scale.shape[0])
 
 
@@ -114,7 +106,7 @@ def unpack_column_major(packed: torch.Tensor) -> torch.Tensor:
     Raises:
         ValueError: ``packed`` is not a matrix with strides (1, M).
     """
-    _require_dims("packed", packed, "(M, G)")
+    require_dims("packed", packed, "(M, G)")
     _require_strides("packed", packed, (1, packed.shape[0]))
     return _dense(packed)
 
@@ -136,7 +128,7 @@ def pack_tma_aligned(scale: torch.Tensor) -> torch.Tensor:
 
     Source: DeepGEMM ``get_mn_major_tma_aligned_tensor``, sglang ``create_per_token_group_quant_fp8_output_scale``.
     """
-    _require_dims("scale", scale, "(M, G)")
+    require_dims("scale", scale, "(M, G)")
     _require_dtype("scale", scale, [torch.float32])
     return _columns(scale, ceil_to(scale.shape[0], _TMA_ROWS))
 
@@ -147,7 +139,7 @@ def unpack_tma_aligned(packed: torch.Tensor) -> torch.Tensor:
     Raises:
         ValueError: ``packed`` is not a float32 matrix with strides (1, ceil4(M)).
     """
-    _require_dims("packed", packed, "(M, G)")
+    require_dims("packed", packed, "(M, G)")
     _require_dtype("packed", packed, [torch.float32])
     _require_strides("packed", packed, (1, ceil_to(packed.shape[0], _TMA_ROWS)))
     return _dense(packed)
@@ -169,7 +161,7 @@ def pack_masked_batch(scale: torch.Tensor) -> torch.Tensor:
 
     Source: rtp-llm's masked silu-and-mul quantization.
     """
-    _require_dims("scale", scale, "(E, T, G)")
+    require_dims("scale", scale, "(E, T, G)")
     _require_dtype("scale", scale, [torch.float32])
     return scale.transpose(1, 2).clone(memory_format=torch.contiguous_format).transpose(1, 2)
 
@@ -180,7 +172,7 @@ def unpack_masked_batch(packed: torch.Tensor) -> torch.Tensor:
     Raises:
         ValueError: ``packed`` is not a float32 tensor (E, T, G) with strides (T*G, 1, T).
     """
-    _require_dims("packed", packed, "(E, T, G)")
+    require_dims("packed", packed, "(E, T, G)")
     _require_dtype("packed", packed, [torch.float32])
     _require_strides("packed", packed, (packed.shape[1] * packed.shape[2], 1, packed.shape[1]))
     return _dense(packed)
@@ -204,7 +196,7 @@ def ue8m0_bytes(scale: torch.Tensor) -> torch.Tensor:
     power = (bits & 0x7FFFFF == 0) & (bits > 0) & scale.isfinite()
     valid = power | (bits == _LEAST_SCALE) | scale.isnan()
     if not bool(valid.all()):
-        _require(False, "scale", f"{scale[~valid][0].item()} in places", "powers of two from 2^-127 to 2^127, and NaN")
+        require(False, "scale", f"{scale[~valid][0].item()} in places", "powers of two from 2^-127 to 2^127, and NaN")
     return torch.where(scale.isnan(), _NAN_BYTE, bits >> 23).to(torch.uint8)
 
 
@@ -237,7 +229,7 @@ def pack_ue8m0_words(scale: torch.Tensor) -> torch.Tensor:
 
     Source: DeepGEMM ``get_mn_major_tma_aligned_packed_ue8m0_tensor``, vLLM's packed_for_deepgemm quantization.
     """
-    _require_dims("scale", scale, "(M, G)")
+    require_dims("scale", scale, "(M, G)")
     _require_dtype("scale", scale, (torch.float32, *_SCALE_BYTES))
     byte = ue8m0_bytes(scale) if scale.dtype is torch.float32 else scale.view(torch.uint8)
     rows, groups = byte.shape
@@ -259,12 +251,12 @@ def unpack_ue8m0_words(packed: torch.Tensor, groups: int, dtype: torch.dtype = t
     Raises:
         ValueError: ``packed`` has another dtype, shape or strides, or ``dtype`` is another.
     """
-    _require_dims("packed", packed, "(M, ceil(G/4))")
+    require_dims("packed", packed, "(M, ceil(G/4))")
     _require_dtype("packed", packed, [torch.int32])
     allowed = f"{-(-groups // _WORD_GROUPS)} words per row for {groups} groups"
-    _require(packed.shape[1] == -(-groups // _WORD_GROUPS), "shape of packed", tuple(packed.shape), allowed)
+    require(packed.shape[1] == -(-groups // _WORD_GROUPS), "shape of packed", tuple(packed.shape), allowed)
     _require_strides("packed", packed, (1, ceil_to(packed.shape[0], _TMA_ROWS)))
-    _require(dtype in (torch.float32, torch.uint8), "dtype", dtype, "torch.float32, torch.uint8")
+    require(dtype in (torch.float32, torch.uint8), "dtype", dtype, "torch.float32, torch.uint8")
     shifts = torch.arange(0, 32, 8, dtype=torch.int32, device=packed.device)
     byte = (packed.unsqueeze(-1) >> shifts & 0xFF).to(torch.uint8)
     byte = byte.reshape(packed.shape[0], packed.shape[1] * _WORD_GROUPS)[:, :groups].contiguous()
@@ -288,7 +280,7 @@ def pack_transposed_view(scale: torch.Tensor) -> torch.Tensor:
 
     Source: aiter pull request 3041, sglang ``materialize_bpreshuffle_fp8_scale``.
     """
-    _require_dims("scale", scale, "(M, G)")
+    require_dims("scale", scale, "(M, G)")
     return scale.t().clone(memory_format=torch.contiguous_format).view(scale.shape)
 
 
@@ -298,7 +290,7 @@ def unpack_transposed_view(packed: torch.Tensor) -> torch.Tensor:
     Raises:
         ValueError: ``packed`` is not a contiguous matrix.
     """
-    _require_dims("packed", packed, "(M, G)")
+    require_dims("packed", packed, "(M, G)")
     _require_contiguous("packed", packed)
     return packed.view(packed.shape[1], packed.shape[0]).t()
 
@@ -326,7 +318,7 @@ def pack_mx_shuffled(scale: torch.Tensor) -> torch.Tensor:
 
     Source: aiter ``e8m0_shuffle``, TransformerEngine pull request 422.
     """
-    _require_dims("scale", scale, "(R, C)")
+    require_dims("scale", scale, "(R, C)")
     _require_dtype("scale", scale, _SCALE_BYTES)
     padded = _pad(scale, 256, 8, MX_SHUFFLED_PADDING)
     rows, columns = padded.shape
@@ -341,7 +333,7 @@ def unpack_mx_shuffled(packed: torch.Tensor, rows: int, columns: int) -> torch.T
         ValueError: ``packed`` is not a contiguous (ceil256(rows), ceil8(columns)) tensor of bytes. A trimmed one has
             lost scales: the shuffle moves them across the whole padded matrix.
     """
-    _require_dims("packed", packed, "(ceil256(R), ceil8(C))")
+    require_dims("packed", packed, "(ceil256(R), ceil8(C))")
     _require_dtype("packed", packed, _SCALE_BYTES)
     _require_trim(rows, columns, packed, 256, 8)
     _require_contiguous("packed", packed)
@@ -366,7 +358,7 @@ def pack_blocked(scale: torch.Tensor) -> torch.Tensor:
 
     Source: torchao ``to_blocked``, cuBLAS "1D block scaling factors layout".
     """
-    _require_dims("scale", scale, "(R, C)")
+    require_dims("scale", scale, "(R, C)")
     _require_dtype("scale", scale, _BLOCKED_BYTES)
     padded = _pad(scale, 128, 4, BLOCKED_PADDING)
     rows, columns = padded.shape
@@ -380,7 +372,7 @@ def unpack_blocked(packed: torch.Tensor, rows: int, columns: int) -> torch.Tenso
     Raises:
         ValueError: ``packed`` is not a contiguous (ceil128(rows), ceil4(columns)) tensor of bytes.
     """
-    _require_dims("packed", packed, "(ceil128(R), ceil4(C))")
+    require_dims("packed", packed, "(ceil128(R), ceil4(C))")
     _require_dtype("packed", packed, _BLOCKED_BYTES)
     _require_trim(rows, columns, packed, 128, 4)
     _require_contiguous("packed", packed)
@@ -391,12 +383,12 @@ def unpack_blocked(packed: torch.Tensor, rows: int, columns: int) -> torch.Tenso
 
 def _mfma_blocks(name: str, data: torch.Tensor) -> int:
     """How many elements 16 bytes hold; raises unless ``data`` divides into blocks of 16 rows x 32 bytes."""
-    _require_dims(name, data, "(N, K)")
+    require_dims(name, data, "(N, K)")
     size = data.element_size()
-    _require(16 % size == 0, f"dtype of {name}", data.dtype, "one of at most 16 bytes")
+    require(16 % size == 0, f"dtype of {name}", data.dtype, "one of at most 16 bytes")
     rows, row_bytes = data.shape[0], data.shape[1] * size
     whole = rows % 16 == 0 and row_bytes % 32 == 0
-    _require(whole, f"shape of {name}", tuple(data.shape), "a multiple of 16 rows, each a multiple of 32 bytes")
+    require(whole, f"shape of {name}", tuple(data.shape), "a multiple of 16 rows, each a multiple of 32 bytes")
     return 16 // size
 
 

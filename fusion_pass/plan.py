@@ -182,17 +182,19 @@ class _Planner:
         x, other, weight, summed = self._inputs(prologue)
         sum_output = None
         if summed is not None and not self._feeds_only(summed, claimed):
-            sum_output, summed = self._sum_output(summed, claimed)
+            sum_output, summed = self._read_as(summed, claimed)
         else:
             summed = None
         value_needed = not alone or not self._feeds_only(value, claimed)
+        # Further quantizers read the value as it is.
+        value_output, valued = self._read_as(value, claimed) if alone else (dtype(value), value)
         if isinstance(prologue, NormSite) and prologue.residual is not None and other is None:
             spec = dataclasses.replace(prologue.spec, residual_sum=None)
         fused = FusedSpec(
             spec,
             _over_rows(quantizer, prologue.size),
             sum_output=sum_output,
-            value_output=dtype(value) if value_needed else None,
+            value_output=value_output if value_needed else None,
         )
         site = FusedSite(
             spec=fused,
@@ -204,7 +206,7 @@ class _Planner:
             codes=quantizer.codes,
             nodes=(*quantizer.nodes, *prologue.nodes),
             sum=summed,
-            value=value if value_needed else None,
+            value=valued if value_needed else None,
             shape=shape(value),
             halves=prologue.halves if isinstance(prologue, PackedActivation) else None,
         )
@@ -317,51 +319,68 @@ class _Planner:
             return site
         if isinstance(quantizer, OpQuantizer) and quantizer.rows is not None:
             site.scale_strided = quantizer.strided
-            if self._stored(site, ScaleLayout.COLUMN, tuple(self.values.origins(site.scale)), quantizer.rows):
+            origins = tuple(self.values.origins(site.scale))
+            if self._stored(site, ScaleLayout.COLUMN, origins, quantizer.rows, site.row):
                 return site
             self._refuse("op", "its column-major scales have other rows than its producer's input", site.codes)
             return None
         outside = self._outside_uses(site.scale, claimed)
         if group is not None and outside:
-            x = shape(site.x)
-            own = x[:-1] if len(x) > 1 and same_size(x[-1], site.row) else ()
-            # The matrices of scales are those of x, one of all its rows, or those that are transposed.
-            candidates = [own, (_product(shape(site.scale)) // (site.row // group),), shape(outside[0][0])[:-1]]
-            for rows in candidates:
-                layout, copies = stored_copies(outside, rows, site.row // group) if rows else (ScaleLayout.ROW, ())
-                if copies and self._stored(site, layout, copies, rows):
+            for rows, row in self._matrices(site, shape(outside[0][0])):
+                layout, copies = stored_copies(outside, rows, row // group)
+                if copies and self._stored(site, layout, copies, rows, row):
                     return site
         if not _contiguous(site.scale):
             self._refuse("quantizer", "its scales are not contiguous", quantizer.codes)
             return None
         return site
 
-    def _stored(self, site: FusedSite, layout: ScaleLayout, copies: tuple[fx.Node, ...], rows: tuple[Any, ...]) -> bool:
-        """Have the site store scales in a layout, as matrices of the given rows, if x can be presented with those rows."""
+    def _matrices(self, site: FusedSite, presented: tuple[Any, ...]) -> list[tuple[tuple[Any, ...], int]]:
+        """Leading sizes of x and lengths of its rows that the scales may be matrices of: x's own, or as they are presented."""
+        x, group = shape(site.x), site.quantizer.group
+        assert group is not None and site.scale is not None
+        own = x[:-1] if len(x) > 1 and same_size(x[-1], site.row) else ()
+        all_rows = (_product(shape(site.scale)) // (site.row // group),)
+        matrices = [(rows, site.row) for rows in (own, all_rows, presented[:-1]) if rows]
+        # Without a prologue, only the scales say what a row is: flattened heads are quantized as heads.
+        groups = presented[-1] if len(presented) > 1 and isinstance(site.prologue, NoPrologue) else None
+        if isinstance(groups, int) and groups * group != site.row:
+            matrices.append((presented[:-1], groups * group))
+        return matrices
+
+    def _stored(
+        self,
+        site: FusedSite,
+        layout: ScaleLayout,
+        copies: tuple[fx.Node, ...],
+        rows: tuple[Any, ...],
+        row: int,
+    ) -> bool:
+        """Have the site store scales in a layout, as of matrices of the given rows, if x can be presented as those."""
         if not all(same_shape(shape(copy), shape(copies[0])) for copy in copies):
             return False
         if layout is ScaleLayout.PACKED and site.quantizer.scale_dtype is not torch.uint8:
             return False
-        has_rows = same_size(shape(site.x)[-1], site.row) and same_shape(shape(site.x)[:-1], rows)
+        has_rows = same_size(shape(site.x)[-1], row) and same_shape(shape(site.x)[:-1], rows)
         if not has_rows and sum(isinstance(size, torch.SymInt) for size in rows) > 1:
             return False
         site.spec = dataclasses.replace(site.spec, layout=layout)
-        site.scale_copies, site.scale_rows = copies, rows
+        site.scale_copies, site.scale_rows, site.row = copies, rows, row
         return True
 
-    def _sum_output(self, summed: fx.Node, claimed: set[fx.Node]) -> tuple[torch.dtype, fx.Node]:
-        """The dtype in which the sum is read outside, and the value read: often only its rounding to bf16 is."""
-        outside = {user for _, user in self._outside_uses(summed, claimed)}
+    def _read_as(self, value: fx.Node, claimed: set[fx.Node]) -> tuple[torch.dtype, fx.Node]:
+        """The dtype in which a sum or value is read outside, and the node read: often only its rounding to bf16 is."""
+        outside = {user for _, user in self._outside_uses(value, claimed)}
         casts = {self.values.core(user) for user in outside if cast_dtype(user) in FLOATS}
-        # A sum that the graph itself rounds to bf16 is bf16 before it is anything else.
+        # What the graph itself rounds to bf16 is bf16 before it is anything else.
         if (
-            dtype(summed) is torch.float32
+            dtype(value) is torch.float32
             and len(casts) == 1
             and all(self.values.core(user) in casts for user in outside)
         ):
             cast = casts.pop()
             return dtype(cast), cast  # type: ignore[return-value]
-        return dtype(summed), summed  # type: ignore[return-value]
+        return dtype(value), value  # type: ignore[return-value]
 
     def _feeds_only(self, core: fx.Node, claimed: set[fx.Node]) -> bool:
         return not self._outside_uses(core, claimed)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import fx
@@ -31,13 +33,23 @@ from .grammar import (
     tagged,
     value,
 )
-from .values import aten, dtype, shape
+from .values import aten, dtype, shape, tensor
+
+
+def _count(argument: Any, match: Match, search: Search) -> Iterator[Match]:
+    """The number of values in a row: binds ``count``, and ``count_device`` to where a tensor holds it."""
+    held = tensor(argument)
+    for found in number("count")(argument, match, search):
+        bound = found.bind("count_device", None if held is None else held.device.type)
+        if bound is not None:
+            yield bound
+
 
 _x = value("x")
 _square = either(op(POW, _x, equal(2)), op(MUL, _x, _x, shapes=elementwise))
 _mean_square = either(
     reduce_rows((aten.mean.dim,), _square, size="n"),
-    op(DIV, reduce_rows((aten.sum.dim_IntList,), _square, size="n"), number("count")),
+    op(DIV, reduce_rows((aten.sum.dim_IntList,), _square, size="n"), _count),
 )
 _variance = op(ADD, _mean_square, number("eps"), commutative=True)
 _root = op(SQRT, _variance)
@@ -115,12 +127,10 @@ def _describe(match: Match, search: Search, device_type: str) -> NormSite | None
     if weight is not None and shape(weight)[-1] != size:
         search.fail(weight, match, f"a weight of {size} values")
         return None
-    # Eager CPU divides by the number of values; eager CUDA multiplies.
-    on_gpu = Mean.SCALAR if "count" in match.captures else Mean.RECIPROCAL
     norm = RMSNorm(
         eps=match["eps"],
         weight=match.get("weight_rule", Weight.NONE),
-        mean=Mean.DIVIDE if device_type == "cpu" else on_gpu,
+        mean=_mean(match, device_type),
         normalized=match.get("normalized", torch.float32),
         product=match["product"],
         root=match["root"],
@@ -135,6 +145,13 @@ def _describe(match: Match, search: Search, device_type: str) -> NormSite | None
     spec = RMSNorm(**{**vars(norm), "residual_sum": added["sum_rounding"]})
     nodes = (*match.nodes, *added.nodes)
     return NormSite(spec, added["a_used"], added["b_used"], None, match.get("weight_used"), match["x"], size, nodes)
+
+
+def _mean(match: Match, device_type: str) -> Mean:
+    """Eager code divides by the number of values on a CPU, and by a tensor of the device; else eager CUDA multiplies."""
+    if device_type == "cpu" or match.get("count_device") == device_type:
+        return Mean.DIVIDE
+    return Mean.SCALAR if "count" in match.captures else Mean.RECIPROCAL
 
 
 def _residual(x: fx.Node, match: Match, search: Search) -> Match | None:

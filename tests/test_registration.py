@@ -129,6 +129,33 @@ def test_registered_inductor_equals_eager_and_counts(device):
     assert other.calls == 1
 
 
+class QuantizedGradient(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, gradient):
+        codes, scale = spelled.per_token(gradient)
+        return codes.float() * scale
+
+
+def test_the_backend_fuses_backward_graphs_too(device):
+    """They are compiled when the backend has long returned."""
+
+    def gradient(of, x, w):
+        return torch.autograd.grad((of(x) * w).sum(), x)
+
+    x, w = torch.randn(6, 256, device=device, requires_grad=True), torch.randn(6, 256, device=device)
+    before = installed()
+    with torch.enable_grad(), config.patch(force_disable_caches=True):
+        compiled = torch.compile(QuantizedGradient.apply, backend="fusion_pass")
+        counters.clear()
+        assert compare(gradient(compiled, x, w), gradient(QuantizedGradient.apply, x, w)).equal
+    assert counters["fusion_pass"]["quant_per_token"] == 1
+    assert installed() == before
+
+
 @pytest.mark.parametrize("backend", ["fusion_pass_eager"])
 def test_backends_are_found_by_name(backend, device):
     tensors = arguments(device)

@@ -103,6 +103,17 @@ def test_halves_that_an_op_took_whole_are_read_in_place():
     assert not any("clone" in str(node.target) or "auto_functionalized" in str(node.target) for node in graph.nodes)
 
 
+@pytest.mark.parametrize("dynamic", [(), (0,)], ids=["static", "dynamic"])
+def test_transposed_scales_of_flattened_heads_are_stored_by_the_kernel(dynamic):
+    def heads(x):
+        return spelled.column(*spelled.per_group(x.flatten(1)))
+
+    _, graph = lowered(heads, (6, 4, 256), dynamic=dynamic)
+    (launch,) = launches(graph)
+    assert launch.kwargs["kwargs"]["x_stride"] == 1024
+    assert not any(node.target is torch.ops.aten.clone.default for node in graph.nodes)
+
+
 def test_a_buffer_that_an_op_changes_through_a_view():
     def fn(x, r, w):
         stream = x.flatten()

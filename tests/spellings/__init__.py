@@ -88,6 +88,7 @@ def catalogue() -> tuple[list[Spelling], list[Spelling]]:
         positives_compositions,
         positives_layouts,
         positives_norms,
+        positives_presets,
         positives_quantizers,
     )
 
