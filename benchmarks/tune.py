@@ -54,7 +54,7 @@ _CHOICES: dict[str, tuple[int, ...]] = {
     "rows": (1, 2, 4, 8),
     "groups": (1, 2, 4, 8, 16, 32, 64, 128, 256, 512),
     "warps": (1, 2, 4, 8, 16, 32),
-    "stages": (1, 2, 3),
+    "steps": (1, 2, 4, 8, 16),
 }
 _VALUES_PER_THREAD = (4, 128)
 _CLASSES = {"few (M ≤ 32)": 32, "some (M ≤ 1024)": 1024, "many": float("inf")}

@@ -336,12 +336,6 @@ def rounded_product(x, y, X_ROUNDING: tl.constexpr, ROUNDING: tl.constexpr):
 
 
 @triton.jit
-def greater_amax(a, b):
-    """The greater of two results of :func:`amax`, NaN if either is."""
-    return tl.maximum(a.to(tl.int32, bitcast=True), b.to(tl.int32, bitcast=True)).to(tl.float32, bitcast=True)
-
-
-@triton.jit
 def cast_overflowing(q, LARGEST: tl.constexpr, OVERFLOW: tl.constexpr, dtype: tl.constexpr):
     """The f32 tile q in an fp8 dtype, magnitudes above LARGEST becoming the code OVERFLOW with the sign of q."""
     bits = cast(q, dtype).to(tl.uint8, bitcast=True)

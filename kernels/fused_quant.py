@@ -13,7 +13,6 @@ from .arithmetic import (
     codes,
     gelu,
     gelu_tanh,
-    greater_amax,
     is_hopper,
     pack_nibbles,
     reciprocal_root,
@@ -32,27 +31,6 @@ from .scale_program import evaluate
 @triton.jit
 def load(ptr, offsets, mask):
     return cast(tl.load(ptr + offsets, mask, other=0.0), tl.float32)
-
-
-@triton.constexpr_function
-def piece_count(pieces):
-    return pieces.count(";") + 1
-
-
-@triton.constexpr_function
-def piece_number(pieces, piece, index):
-    return int(pieces.split(";")[piece].split(",")[index])
-
-
-@triton.jit
-def places(PIECES: tl.constexpr, PIECE: tl.constexpr, N: tl.constexpr, GROUP: tl.constexpr):
-    """The groups and columns of a piece of the program's tile, (1, groups, lanes), and which columns there are."""
-    first: tl.constexpr = piece_number(PIECES, PIECE, 0)
-    count: tl.constexpr = piece_number(PIECES, PIECE, 1)
-    groups = (tl.program_id(1) * count + first + tl.arange(0, count))[None, :, None]
-    lanes = (piece_number(PIECES, PIECE, 2) + tl.arange(0, piece_number(PIECES, PIECE, 3)))[None, None, :]
-    columns = groups * GROUP + lanes
-    return groups, columns, (lanes < GROUP) & (columns < N)
 
 
 @triton.jit
@@ -86,9 +64,7 @@ def root_factor(variance, ROOT: tl.constexpr, ROOT_ROUNDING: tl.constexpr):
 def normalized(
     x,
     factor,
-    weight_ptr,
-    columns,
-    inside,
+    weight,
     ROOT: tl.constexpr,
     ONE_PLUS: tl.constexpr,
     INNER_ROUNDING: tl.constexpr,
@@ -99,8 +75,7 @@ def normalized(
         x = tl.math.div_rn(x, tl.broadcast_to(factor, x.shape))
     else:
         x *= factor
-    if weight_ptr is not None:
-        weight = tl.load(weight_ptr + columns, inside, other=0.0)
+    if weight is not None:
         if ONE_PLUS:
             weight = cast(weight, tl.float32) + 1.0
         x = rounded_product(x, weight, INNER_ROUNDING, PRODUCT_ROUNDING)
@@ -179,6 +154,143 @@ def scale_address(rows, groups, scale_rows, GROUPS, LAYOUT: tl.constexpr):
 
 
 @triton.jit
+def prologue_value(
+    x,
+    weight,
+    other_ptr,
+    sum_ptr,
+    other_at,
+    out_at,
+    mask,
+    M,
+    N: tl.constexpr,
+    GROUP: tl.constexpr,
+    OF_BF16: tl.constexpr,
+    PROLOGUE: tl.constexpr,
+    EPS: tl.constexpr,
+    MEAN: tl.constexpr,
+    ROOT: tl.constexpr,
+    ONE_PLUS: tl.constexpr,
+    ROOT_ROUNDING: tl.constexpr,
+    GATE: tl.constexpr,
+    GATED_ROUNDING: tl.constexpr,
+    SUM_ROUNDING: tl.constexpr,
+    INNER_ROUNDING: tl.constexpr,
+    PRODUCT_ROUNDING: tl.constexpr,
+    ACTIVATION: tl.constexpr,
+    ALPHA: tl.constexpr,
+    LIMIT: tl.constexpr,
+    OFFSET: tl.constexpr,
+    SIGMOID_ROUNDING: tl.constexpr,
+):
+    """What is quantized, of a f32 tile x of (rows, groups, lanes); a norm's is of whole rows and stores its residual sum."""
+    if PROLOGUE == "norm":
+        if GATE is None and other_ptr is not None:
+            x += load(other_ptr, other_at, mask)
+            if sum_ptr is not None:
+                tl.store(sum_ptr + out_at, cast(x, sum_ptr.dtype.element_ty), mask)
+            x = round_to(x, SUM_ROUNDING)
+        mean = mean_of_squares(sum_of_squares(x, GROUP, N), M, N, MEAN)
+        factor = root_factor(mean + EPS, ROOT, ROOT_ROUNDING)
+        x = normalized(x, factor, weight, ROOT, ONE_PLUS, INNER_ROUNDING, PRODUCT_ROUNDING)
+        if GATE is not None:
+            gate = load(other_ptr, other_at, mask)
+            if GATE == "silu":
+                gate = silu(gate)
+            else:
+                gate = sigmoid(gate)
+            x = round_to(x * gate, GATED_ROUNDING)
+    if PROLOGUE == "gated":
+        up = None
+        if other_ptr is not None:
+            up = tl.load(other_ptr + other_at, mask, other=0.0)
+        x = gated_activation(
+            x, up, OF_BF16, ACTIVATION, ALPHA, LIMIT, OFFSET, SIGMOID_ROUNDING, INNER_ROUNDING, PRODUCT_ROUNDING
+        )
+    return x
+
+
+@triton.jit
+def store_quantized(
+    x,
+    given_ptr,
+    amax_ptr,
+    code_ptr,
+    scale_ptr,
+    rows,
+    groups,
+    lanes,
+    mask,
+    M,
+    scale_rows,
+    N: tl.constexpr,
+    GROUP: tl.constexpr,
+    PEAK: tl.constexpr,
+    PROGRAM: tl.constexpr,
+    DIVIDES: tl.constexpr,
+    ORDINARY: tl.constexpr,
+    QUOTIENT_ROUNDING: tl.constexpr,
+    WHOLE: tl.constexpr,
+    ADDS_ZERO: tl.constexpr,
+    CLAMP_LOW: tl.constexpr,
+    CLAMP: tl.constexpr,
+    LARGEST: tl.constexpr,
+    OVERFLOW: tl.constexpr,
+    TIES: tl.constexpr,
+    SIGN: tl.constexpr,
+    NAN_CODE: tl.constexpr,
+    LAYOUT: tl.constexpr,
+):
+    """Quantize a f32 tile of (rows, groups, lanes), and store its codes and scales."""
+    if PEAK == "group":
+        peak = amax(x, 2)
+    else:
+        peak = tl.full([1, 1, 1], 0.0, tl.float32)
+    if PEAK == "load":
+        peak += tl.load(amax_ptr).to(tl.float32, bitcast=True)
+    given = tl.full(peak.shape, 0.0, tl.float32)
+    if given_ptr is not None:
+        given += tl.load(given_ptr).to(tl.float32)
+    factor, scale = evaluate(peak, given, PROGRAM)
+    present = (rows < M) & (groups < N // GROUP)
+    if PEAK == "group":
+        # The lanes of absent rows and groups must not send the tile's quotients the slow way.
+        factor = tl.where(present, factor, 1.0)
+    code = codes(
+        x,
+        factor,
+        DIVIDES,
+        ORDINARY,
+        QUOTIENT_ROUNDING,
+        WHOLE,
+        ADDS_ZERO,
+        CLAMP_LOW,
+        CLAMP,
+        LARGEST,
+        OVERFLOW,
+        TIES,
+        SIGN,
+        NAN_CODE,
+        code_ptr.dtype.element_ty,
+    )
+    if TIES is None:
+        tl.store(code_ptr + rows * N + groups * GROUP + lanes, code, mask)
+    else:
+        pairs = tl.arange(0, lanes.shape[2] // 2)[None, None, :]
+        at = rows * (N // 2) + groups * (GROUP // 2) + pairs
+        tl.store(code_ptr + at, pack_nibbles(code), present & (pairs < GROUP // 2))
+    if scale_ptr is not None:
+        if PEAK != "group":
+            at = tl.full([1, 1, 1], 0, tl.int32)
+            present = at == tl.program_id(0) + tl.program_id(1)
+        elif LAYOUT == "row":
+            at = rows * (N // GROUP) + groups
+        else:
+            at = scale_address(rows, groups, scale_rows, N // GROUP, LAYOUT)
+        tl.store(scale_ptr + at, cast(scale, scale_ptr.dtype.element_ty), present)
+
+
+@triton.jit
 def fused_quant_kernel(
     x_ptr,
     other_ptr,
@@ -196,7 +308,9 @@ def fused_quant_kernel(
     N: tl.constexpr,
     GROUP: tl.constexpr,
     ROWS: tl.constexpr,
-    PIECES: tl.constexpr,
+    GROUPS: tl.constexpr,
+    LANES: tl.constexpr,
+    STEPS: tl.constexpr,
     PROLOGUE: tl.constexpr,
     EPS: tl.constexpr,
     MEAN: tl.constexpr,
@@ -229,92 +343,88 @@ def fused_quant_kernel(
     NAN_CODE: tl.constexpr,
     LAYOUT: tl.constexpr,
 ):
-    """One program: a tile of ROWS rows, in pieces of groups x lanes; a norm or an amax per row needs whole rows.
+    """One program: STEPS tiles below each other, of ROWS rows x GROUPS groups x LANES >= GROUP values.
+
+    A norm, and an amax per row, need tiles of whole rows. The next tile is read while one is worked on.
 
     x and other: (M, N), rows at ``x_stride`` and ``other_stride``; other is a norm's residual or an activation's up half.
     weight: (N,). given: a scalar. code, sum, value: (M, N) contiguous, FP4 codes in pairs: (M, N // 2). scale:
     (M, N // GROUP), or consecutive matrices in LAYOUT, each for ``scale_rows`` rows; one value if a tensor shares it. Absent
     tensors and what goes with them are None.
 
-    PIECES: ``first group, groups, first lane, lanes`` of each, powers of two for the counts: a row that is none itself
-    wastes few lanes in pieces.
-
-    PEAK says where the amax comes from: each ``group`` of the tile; each ``row``; ``none`` is needed; or one that the whole
-    tensor shares, in two launches: the first adds its tiles to it (``store``) and writes no codes, the second reads it
-    (``load``).
+    PEAK says where the amax comes from: each ``group`` of the tile; ``none`` is needed; or one that the whole tensor shares,
+    in two launches: the first adds its tiles to it (``store``) and writes no codes, the second reads it (``load``).
     """
-    rows = (tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS))[:, None, None]
-    there = rows < M
-    COUNT: tl.constexpr = piece_count(PIECES)
     # Where the approximate instructions were tested.
     OF_BF16: tl.constexpr = x_ptr.dtype.element_ty == tl.bfloat16 and is_hopper()
+    first = (tl.program_id(0).to(tl.int64) * (ROWS * STEPS) + tl.arange(0, ROWS))[:, None, None]
+    groups = (tl.program_id(1) * GROUPS + tl.arange(0, GROUPS))[None, :, None]
+    lanes = tl.arange(0, LANES)[None, None, :]
+    columns = groups * GROUP + lanes
+    inside = (lanes < GROUP) & (columns < N)
+    weight = None
+    if weight_ptr is not None:
+        weight = tl.load(weight_ptr + columns, inside, other=0.0)
 
-    xs = ()
-    for piece in tl.static_range(COUNT):
-        _, columns, inside = places(PIECES, piece, N, GROUP)
-        x = load(x_ptr, rows * x_stride + columns, there & inside)
-        if PROLOGUE == "norm" and GATE is None and other_ptr is not None:
-            x += load(other_ptr, rows * other_stride + columns, there & inside)
-            if sum_ptr is not None:
-                tl.store(sum_ptr + rows * N + columns, cast(x, sum_ptr.dtype.element_ty), there & inside)
-            x = round_to(x, SUM_ROUNDING)
-        xs = xs + (x,)  # noqa: RUF005
-
-    if PROLOGUE == "norm":
-        squares = sum_of_squares(xs[0], GROUP, N)
-        for piece in tl.static_range(1, COUNT):
-            squares += sum_of_squares(xs[piece], GROUP, N)
-        norm_factor = root_factor(mean_of_squares(squares, M, N, MEAN) + EPS, ROOT, ROOT_ROUNDING)
-
-    ys = ()
-    for piece in tl.static_range(COUNT):
-        _, columns, inside = places(PIECES, piece, N, GROUP)
-        y = xs[piece]
-        if PROLOGUE == "norm":
-            y = normalized(
-                y, norm_factor, weight_ptr, columns, inside, ROOT, ONE_PLUS, INNER_ROUNDING, PRODUCT_ROUNDING
-            )
-            if GATE is not None:
-                gate = load(other_ptr, rows * other_stride + columns, there & inside)
-                y = round_to(y * (silu(gate) if GATE == "silu" else sigmoid(gate)), GATED_ROUNDING)
-        if PROLOGUE == "gated":
-            up = None
-            if other_ptr is not None:
-                up = tl.load(other_ptr + rows * other_stride + columns, there & inside, other=0.0)
-            y = gated_activation(
-                y, up, OF_BF16, ACTIVATION, ALPHA, LIMIT, OFFSET, SIGMOID_ROUNDING, INNER_ROUNDING, PRODUCT_ROUNDING
-            )
-        if value_ptr is not None:
-            tl.store(value_ptr + rows * N + columns, cast(y, value_ptr.dtype.element_ty), there & inside)
-        ys = ys + (y,)  # noqa: RUF005
-
-    shared = tl.full([1, 1, 1], 0.0, tl.float32)
-    if PEAK == "row":
-        shared = amax(ys[0], 2)
-        for piece in tl.static_range(1, COUNT):
-            shared = greater_amax(shared, amax(ys[piece], 2))
-    elif PEAK == "load":
-        shared += tl.load(amax_ptr).to(tl.float32, bitcast=True)
-    given = tl.full([1, 1, 1], 0.0, tl.float32)
-    if given_ptr is not None:
-        given += tl.load(given_ptr).to(tl.float32)
-
-    for piece in tl.static_range(COUNT):
-        groups, columns, inside = places(PIECES, piece, N, GROUP)
-        y = ys[piece]
+    upcoming = tl.load(x_ptr + first * x_stride + columns, (first < M) & inside, other=0.0)
+    for step in tl.range(STEPS):
+        rows = first + step * ROWS
+        mask = (rows < M) & inside
+        x = cast(upcoming, tl.float32)
+        if STEPS > 1:
+            ahead = rows + ROWS
+            upcoming = tl.load(x_ptr + ahead * x_stride + columns, (ahead < M) & (step + 1 < STEPS) & inside, other=0.0)
+        x = prologue_value(
+            x,
+            weight,
+            other_ptr,
+            sum_ptr,
+            rows * other_stride + columns if other_ptr is not None else columns,
+            rows * N + columns,
+            mask,
+            M,
+            N,
+            GROUP,
+            OF_BF16,
+            PROLOGUE,
+            EPS,
+            MEAN,
+            ROOT,
+            ONE_PLUS,
+            ROOT_ROUNDING,
+            GATE,
+            GATED_ROUNDING,
+            SUM_ROUNDING,
+            INNER_ROUNDING,
+            PRODUCT_ROUNDING,
+            ACTIVATION,
+            ALPHA,
+            LIMIT,
+            OFFSET,
+            SIGMOID_ROUNDING,
+        )
         if PEAK == "store":
-            bits = tl.max(amax(tl.where(there & inside, y, 0.0), 2).to(tl.int32, bitcast=True), 1)
+            bits = tl.max(amax(tl.where(mask, x, 0.0), 2).to(tl.int32, bitcast=True), 1)
             tl.atomic_max(amax_ptr, tl.max(tl.max(bits, 1), 0))
         else:
-            peak = amax(y, 2) if PEAK == "group" else shared
-            factor, scale = evaluate(peak, tl.broadcast_to(given, peak.shape), PROGRAM)
-            present = there & (groups < N // GROUP)
-            if PEAK == "group" or PEAK == "row":
-                # The lanes of absent rows and groups must not send the tile's quotients the slow way.
-                factor = tl.where(present, factor, 1.0)
-            code = codes(
-                y,
-                factor,
+            if value_ptr is not None:
+                tl.store(value_ptr + rows * N + columns, cast(x, value_ptr.dtype.element_ty), mask)
+            store_quantized(
+                x,
+                given_ptr,
+                amax_ptr,
+                code_ptr,
+                scale_ptr,
+                rows,
+                groups,
+                lanes,
+                mask,
+                M,
+                scale_rows,
+                N,
+                GROUP,
+                PEAK,
+                PROGRAM,
                 DIVIDES,
                 ORDINARY,
                 QUOTIENT_ROUNDING,
@@ -327,20 +437,5 @@ def fused_quant_kernel(
                 TIES,
                 SIGN,
                 NAN_CODE,
-                code_ptr.dtype.element_ty,
+                LAYOUT,
             )
-            if TIES is None:
-                tl.store(code_ptr + rows * N + columns, code, there & inside)
-            else:
-                pairs = tl.arange(0, piece_number(PIECES, piece, 3) // 2)[None, None, :]
-                at = rows * (N // 2) + groups * (GROUP // 2) + pairs
-                tl.store(code_ptr + at, pack_nibbles(code), present & (pairs < GROUP // 2))
-            if scale_ptr is not None and (PEAK == "group" or piece == 0):
-                if PEAK != "group" and PEAK != "row":
-                    at = tl.full([1, 1, 1], 0, tl.int32)
-                    present = at == tl.program_id(0) + tl.program_id(1)
-                elif LAYOUT == "row":
-                    at = rows * (N // GROUP) + groups
-                else:
-                    at = scale_address(rows, groups, scale_rows, N // GROUP, LAYOUT)
-                tl.store(scale_ptr + at, cast(scale, scale_ptr.dtype.element_ty), present)

@@ -34,94 +34,54 @@ from .scale_program import program
 _TILE_VALUES = 1024
 _LONGEST_ROW = 65536
 _FEW_VALUES = 1 << 20
-# Whole rows are cut in pieces of powers of two, at most so many, for as long as that saves a sixteenth of the lanes.
-_MOST_PIECES = 4
 # The largest magnitude that rounds to a finite code: beyond it, eager code's cast overflows or saturates.
 _LARGEST = {torch.float8_e4m3fn: 464.0, torch.float8_e4m3fnuz: 247.99998474121094, torch.float8_e5m2: 61439.99609375}
 
 
 @dataclass(frozen=True)
-class Piece:
-    """Part of a row: powers of two of groups and of lanes, from the given ones on.
-
-    Lanes are the values of a group, or of the row if it is one group.
-    """
-
-    first_group: int
-    groups: int
-    first_lane: int
-    lanes: int
-
-
-@dataclass(frozen=True)
 class LaunchConfig:
-    """How a row of N values is divided among programs and warps.
+    """How a matrix of rows of N values is divided among programs and warps.
 
     Attributes:
-        rows: rows per program.
-        pieces: what a program holds of each row: whole rows in pieces, or one piece of a tile.
+        rows: rows per tile.
+        groups: groups per tile, a power of two.
+        lanes: the group length rounded up to a power of two.
         warps: warps per program.
+        steps: tiles per program, one below the other; each is read while the one before is worked on.
     """
 
     rows: int
-    pieces: tuple[Piece, ...]
+    groups: int
+    lanes: int
     warps: int
-
-    @property
-    def values(self) -> int:
-        """Lanes per program."""
-        return self.rows * sum(p.groups * p.lanes for p in self.pieces)
+    steps: int = 1
 
 
 @cache
 def configure(spec: FusedSpec, row: int, few_rows: bool = False) -> LaunchConfig:
     """The launch configuration for rows of ``row`` values.
 
-    What decides is the cell and the row length; only tiles are made smaller where few rows leave processors idle. See
+    What decides is the cell and the row length; only where few rows leave processors idle, programs do less each. See
     benchmarks/tune.py for the measurements (one H200) behind the numbers.
     """
     group = group_length(spec, row)
     lanes = triton.next_power_of_2(group)
+    groups = triton.next_power_of_2(-(-row // group))
     if not _whole_rows(spec):
-        groups = triton.next_power_of_2(-(-row // group))
         groups = min(max(1, _TILE_VALUES // lanes // (2 if few_rows else 1)), groups)
-        return LaunchConfig(1, (Piece(0, groups, 0, lanes),), _warps(groups * lanes, per_thread=8 if few_rows else 16))
-    pieces = whole_row(spec, row)
-    values = sum(p.groups * p.lanes for p in pieces)
+        return LaunchConfig(1, groups, lanes, _warps(groups * lanes, per_thread=8 if few_rows else 16))
+    values = groups * lanes
     # Short rows leave lanes idle unless several share a program.
     rows = max(1, 1024 // values)
     # A gated activation takes a division and an exponential of each value: more warps hide them.
     gated = isinstance(spec.prologue, GatedActivation)
-    return LaunchConfig(rows, pieces, _warps(rows * values, per_thread=16 if gated else 32 if values < 8192 else 64))
-
-
-def whole_row(spec: FusedSpec, row: int, most: int | None = None) -> tuple[Piece, ...]:
-    """The pieces of a row; the interpreter holds it in one, to add up its squares as PyTorch does on a CPU."""
-    most = most or (1 if INTERPRETED else _MOST_PIECES)
-    group = spec.quantizer.group
-    if group is None:
-        return tuple(Piece(0, 1, start, size) for start, size in _powers_of_two(row, 256, most))
-    lanes = triton.next_power_of_2(group)
-    least = max(1, 256 // lanes)
-    return tuple(Piece(start, size, 0, lanes) for start, size in _powers_of_two(row // group, least, most))
-
-
-def _powers_of_two(size: int, least: int, most: int) -> list[tuple[int, int]]:
-    """Starts and sizes of pieces that cover ``size``, falling powers of two from ``least`` on, few of them wasted."""
-    pieces, start = [], 0
-    while start < size:
-        left = size - start
-        whole = max(least, triton.next_power_of_2(left))
-        if whole - left <= size // 16 or whole == least or len(pieces) == most - 1:
-            pieces.append((start, whole))
-            break
-        pieces.append((start, whole // 2))
-        start += whole // 2
-    return pieces
+    return LaunchConfig(
+        rows, groups, lanes, _warps(rows * values, per_thread=16 if gated else 32 if values < 8192 else 64)
+    )
 
 
 def _warps(values: int, per_thread: int) -> int:
-    return min(max(1, triton.next_power_of_2(values // (32 * per_thread))), 32)
+    return min(max(1, values // (32 * per_thread)), 32)
 
 
 def _whole_rows(spec: FusedSpec) -> bool:
@@ -185,8 +145,7 @@ def launch_into_buffers(
     group = group_length(spec, row)
     config = configure(spec, row, few_rows=isinstance(count, int) and count * row <= _FEW_VALUES)
     # Three dimensions: Inductor's launchers take no fewer.
-    across = 1 if _whole_rows(spec) else -(-row // (group * config.pieces[0].groups))
-    grid = (-(-count // config.rows), across, 1)
+    grid = (-(-count // (config.rows * config.steps)), -(-row // (group * config.groups)), 1)
     arguments = {
         "x_ptr": x,
         "other_ptr": other,
@@ -204,8 +163,10 @@ def launch_into_buffers(
         "N": row,
         "GROUP": group,
         "ROWS": config.rows,
-        "PIECES": ";".join(f"{p.first_group},{p.groups},{p.first_lane},{p.lanes}" for p in config.pieces),
-        "PEAK": _peak(spec.quantizer),
+        "GROUPS": config.groups,
+        "LANES": config.lanes,
+        "STEPS": config.steps,
+        "PEAK": "group" if spec.quantizer.needs_amax else "none",
         **constants(spec),
         "num_warps": config.warps,
     }
@@ -216,12 +177,6 @@ def launch_into_buffers(
         arguments |= {"amax_ptr": amax, "PEAK": "load"}
     wrap(fused_quant_kernel)[grid](**arguments)
     return outputs
-
-
-def _peak(quantizer: Quantizer) -> str:
-    if not quantizer.needs_amax:
-        return "none"
-    return "row" if quantizer.granularity is Granularity.ROW else "group"
 
 
 def output_names(spec: FusedSpec) -> list[str]:

@@ -5,7 +5,8 @@ import itertools
 
 import pytest
 import torch
-from fusion_pass.kernels.launch import configure, launch, rows_of, whole_row
+from fusion_pass.kernels import launch as launching
+from fusion_pass.kernels.launch import configure, launch, rows_of
 from fusion_pass.kernels.reference import reference
 
 from fusion_pass import ops
@@ -329,23 +330,19 @@ def test_no_rows(device):
 def test_a_launch_is_chosen_by_the_row_alone():
     spec = FusedSpec(RMSNorm(1e-6), Quantizer.dynamic())
     assert configure(spec, 4096) is configure(spec, 4096)
-    assert configure(spec, 5120).values >= 5120
+    assert configure(spec, 5120).groups * configure(spec, 5120).lanes >= 5120
 
 
-@pytest.mark.parametrize("row", [1, 100, 384, 1024, 2880, 3072, 4096, 5120, 7168, 14336, 65536])
-@pytest.mark.parametrize("group", [None, 4, 96, 128])
-def test_pieces_cover_a_row_once(row, group):
-    if group is not None:
-        row *= group
-    spec = FusedSpec(RMSNorm(1e-6), Quantizer.dynamic(group=group))
-    for most in range(1, 5):
-        pieces = whole_row(spec, row, most)
-        assert len(pieces) <= most
-        starts = [p.first_group if group else p.first_lane for p in pieces]
-        sizes = [p.groups if group else p.lanes for p in pieces]
-        assert starts == [sum(sizes[:i]) for i in range(len(sizes))]
-        assert starts[-1] < row // (group or 1) <= sum(sizes)
-        assert most < 4 or sum(sizes) <= row // (group or 1) * 1.25 + 256
+@pytest.mark.parametrize("steps", [2, 3])
+def test_programs_that_take_several_tiles(steps, monkeypatch, device):
+    """Rows that are no multiple of what a program takes, fewer than it takes, and one."""
+    chosen = launching.configure
+    monkeypatch.setattr(
+        launching, "configure", lambda *a, **k: dataclasses.replace(chosen(*a, **k), steps=steps, rows=2)
+    )
+    for prologue, rows in itertools.product(["norm", "add norm", "silu", "none"], [1, 3, 13]):
+        for quantizer in (Quantizer.dynamic(amax_floor=1e-10), Quantizer.dynamic(group=64, amax_floor=1e-10)):
+            check(FusedSpec(prologues(device, BF16)[prologue], quantizer), (rows, 384), BF16, device)
 
 
 @pytest.mark.parametrize(
