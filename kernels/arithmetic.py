@@ -14,20 +14,12 @@ import numpy as np
 import torch
 import triton
 import triton.language as tl
-from triton.language import target_info
 from triton.language.extra import libdevice
 
 # Whether ATen was compiled with CUDA 13's math library.
 NEWER_ERF: tl.constexpr = tl.constexpr(int((torch.version.cuda or "13").split(".")[0]) >= 13)
 
 INTERPRETED: bool = bool(triton.knobs.runtime.interpret)
-
-
-@triton.constexpr_function
-def is_hopper():
-    target = target_info.current_target()
-    return target is not None and target.backend == "cuda" and target.arch == 90
-
 
 _TORCH_DTYPES = {
     tl.float32: torch.float32,

@@ -13,7 +13,6 @@ from .arithmetic import (
     codes,
     gelu,
     gelu_tanh,
-    is_hopper,
     pack_nibbles,
     reciprocal_root,
     root,
@@ -311,6 +310,7 @@ def fused_quant_kernel(
     GROUPS: tl.constexpr,
     LANES: tl.constexpr,
     STEPS: tl.constexpr,
+    OF_BF16: tl.constexpr,
     PROLOGUE: tl.constexpr,
     EPS: tl.constexpr,
     MEAN: tl.constexpr,
@@ -355,18 +355,15 @@ def fused_quant_kernel(
     PEAK says where the amax comes from: each ``group`` of the tile; ``none`` is needed; or one that the whole tensor shares,
     in two launches: the first adds its tiles to it (``store``) and writes no codes, the second reads it (``load``).
     """
-    # Where the approximate instructions were tested.
-    OF_BF16: tl.constexpr = x_ptr.dtype.element_ty == tl.bfloat16 and is_hopper()
     first = (tl.program_id(0).to(tl.int64) * (ROWS * STEPS) + tl.arange(0, ROWS))[:, None, None]
     groups = (tl.program_id(1) * GROUPS + tl.arange(0, GROUPS))[None, :, None]
     lanes = tl.arange(0, LANES)[None, None, :]
     columns = groups * GROUP + lanes
     inside = (lanes < GROUP) & (columns < N)
+    upcoming = tl.load(x_ptr + first * x_stride + columns, (first < M) & inside, other=0.0)
     weight = None
     if weight_ptr is not None:
         weight = tl.load(weight_ptr + columns, inside, other=0.0)
-
-    upcoming = tl.load(x_ptr + first * x_stride + columns, (first < M) & inside, other=0.0)
     for step in tl.range(STEPS):
         rows = first + step * ROWS
         mask = (rows < M) & inside

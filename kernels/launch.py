@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import enum
 import itertools
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -34,6 +35,7 @@ from .scale_program import program
 _TILE_VALUES = 1024
 _LONGEST_ROW = 65536
 _FEW_VALUES = 1 << 20
+_MANY_ROWS = 4096
 # The largest magnitude that rounds to a finite code: beyond it, eager code's cast overflows or saturates.
 _LARGEST = {torch.float8_e4m3fn: 464.0, torch.float8_e4m3fnuz: 247.99998474121094, torch.float8_e5m2: 61439.99609375}
 
@@ -57,27 +59,48 @@ class LaunchConfig:
     steps: int = 1
 
 
+class Amount(enum.Enum):
+    """How much there is to do, as far as it is known when a launch is compiled."""
+
+    FEW = "few"  # values that leave processors idle
+    UNKNOWN = "unknown"
+    MANY = "many"  # rows enough for programs that take several
+
+
 @cache
-def configure(spec: FusedSpec, row: int, few_rows: bool = False) -> LaunchConfig:
+def configure(spec: FusedSpec, row: int, amount: Amount = Amount.UNKNOWN) -> LaunchConfig:
     """The launch configuration for rows of ``row`` values.
 
-    What decides is the cell and the row length; only where few rows leave processors idle, programs do less each. See
-    benchmarks/tune.py for the measurements (one H200) behind the numbers.
+    What decides is the cell and the row length. See benchmarks/tune.py for the measurements (one H200) behind the numbers;
+    on other GPUs they are untested.
     """
     group = group_length(spec, row)
     lanes = triton.next_power_of_2(group)
     groups = triton.next_power_of_2(-(-row // group))
     if not _whole_rows(spec):
-        groups = min(max(1, _TILE_VALUES // lanes // (2 if few_rows else 1)), groups)
-        return LaunchConfig(1, groups, lanes, _warps(groups * lanes, per_thread=8 if few_rows else 16))
+        few = amount is Amount.FEW
+        groups = min(max(1, _TILE_VALUES // lanes // (2 if few else 1)), groups)
+        return LaunchConfig(1, groups, lanes, _warps(groups * lanes, per_thread=8 if few else 16))
     values = groups * lanes
     # Short rows leave lanes idle unless several share a program.
     rows = max(1, 1024 // values)
-    # A gated activation takes a division and an exponential of each value: more warps hide them.
-    gated = isinstance(spec.prologue, GatedActivation)
-    return LaunchConfig(
-        rows, groups, lanes, _warps(rows * values, per_thread=16 if gated else 32 if values < 8192 else 64)
-    )
+    wasteful = row <= values * 7 // 8
+    if isinstance(spec.prologue, GatedActivation):
+        per_thread = 16 if values < 8192 else 64 if wasteful else 32
+        return LaunchConfig(rows, groups, lanes, _warps(rows * values, per_thread))
+    per_thread, steps = 32 if values < 8192 else 64, 1
+    # A residual is read late: those programs gain nothing from reading x early.
+    if amount is Amount.MANY and isinstance(spec.prologue, RMSNorm) and spec.prologue.residual_sum is None:
+        if values == 8192 and wasteful and spec.quantizer.group is None:
+            per_thread = 128
+        steps = 8 if values == 8192 and wasteful else 4 if values == 8192 or spec.quantizer.group else 1
+    return LaunchConfig(rows, groups, lanes, _warps(rows * values, per_thread), steps)
+
+
+def _amount(rows: Any, row: int) -> Amount:
+    if not isinstance(rows, int):
+        return Amount.UNKNOWN
+    return Amount.FEW if rows * row <= _FEW_VALUES else Amount.MANY if rows >= _MANY_ROWS else Amount.UNKNOWN
 
 
 def _warps(values: int, per_thread: int) -> int:
@@ -143,7 +166,7 @@ def launch_into_buffers(
     named = dict(zip(output_names(spec), outputs, strict=True))
     count = x.numel() // row
     group = group_length(spec, row)
-    config = configure(spec, row, few_rows=isinstance(count, int) and count * row <= _FEW_VALUES)
+    config = configure(spec, row, _amount(count, row))
     # Three dimensions: Inductor's launchers take no fewer.
     grid = (-(-count // (config.rows * config.steps)), -(-row // (group * config.groups)), 1)
     arguments = {
@@ -166,6 +189,7 @@ def launch_into_buffers(
         "GROUPS": config.groups,
         "LANES": config.lanes,
         "STEPS": config.steps,
+        "OF_BF16": x.dtype is torch.bfloat16 and _approximations_tested(x.device),
         "PEAK": "group" if spec.quantizer.needs_amax else "none",
         **constants(spec),
         "num_warps": config.warps,
@@ -177,6 +201,12 @@ def launch_into_buffers(
         arguments |= {"amax_ptr": amax, "PEAK": "load"}
     wrap(fused_quant_kernel)[grid](**arguments)
     return outputs
+
+
+def _approximations_tested(device: torch.device) -> bool:
+    """Whether the approximate instructions give the bits that kernels rely on: every value was compared on an H200."""
+    on_gpu = device.type == "cuda" and torch.version.cuda is not None and torch.cuda.is_available()
+    return on_gpu and torch.cuda.get_device_capability(device) == (9, 0)
 
 
 def output_names(spec: FusedSpec) -> list[str]:
