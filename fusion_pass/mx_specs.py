@@ -103,9 +103,9 @@ def mx_quantizer(
     """
     if code not in ELEMENTS:
         raise SpecError(f"code is {code}; allowed: {', '.join(map(str, ELEMENTS))}")
-    for name, byte in (("zero_byte", zero_byte), ("infinity_byte", infinity_byte)):
-        if byte is not None and not 0 <= byte <= _NAN_BYTE:
-            raise SpecError(f"{name} is {byte}; allowed: 0 to {_NAN_BYTE}")
+    for name, choice in (("zero_byte", zero_byte), ("infinity_byte", infinity_byte)):
+        if choice is not None and not 0 <= choice <= _NAN_BYTE:
+            raise SpecError(f"{name} is {choice}; allowed: 0 to {_NAN_BYTE}")
     if code is torch.float4_e2m1fn_x2:
         e2m1 = e2m1 or E2M1()
     element = ELEMENTS[code]
