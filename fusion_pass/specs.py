@@ -535,6 +535,7 @@ def _encoded(spec: FusedSpec) -> str:
 _CLASSES: dict[str, Any] = {
     cls.__name__: cls for cls in (NoPrologue, RMSNorm, GatedActivation, E2M1, Quantizer, FusedSpec)
 }
+_SPECS = tuple(_CLASSES.values())
 _TERM_FIELDS = ("factor", "scale")
 _ENUM_FIELDS: dict[str, type[enum.Enum]] = {
     "weight": Weight,
@@ -553,7 +554,7 @@ _ENUM_FIELDS: dict[str, type[enum.Enum]] = {
 def _encode(value: Any) -> str:
     if isinstance(value, Term):
         return repr(str(value))
-    if dataclasses.is_dataclass(value):
+    if isinstance(value, _SPECS):  # dataclasses.is_dataclass cannot be compiled by torch 2.11
         fields = ", ".join(f"{f.name}={_encode(getattr(value, f.name))}" for f in dataclasses.fields(value))
         return f"{type(value).__name__}({fields})"
     if isinstance(value, torch.dtype):

@@ -84,17 +84,29 @@ def configure(spec: FusedSpec, row: int, amount: Amount = Amount.UNKNOWN) -> Lau
     values = groups * lanes
     # Short rows leave lanes idle unless several share a program.
     rows = max(1, 1024 // values)
+    per_thread, steps = _whole_row_shape(spec, row, values, amount)
+    return LaunchConfig(rows, groups, lanes, _warps(rows * values, per_thread), steps)
+
+
+def _whole_row_shape(spec: FusedSpec, row: int, values: int, amount: Amount) -> tuple[int, int]:
+    """Values per thread, and tiles per program, of ``values`` lanes that hold a row each."""
     wasteful = row <= values * 7 // 8
     if isinstance(spec.prologue, GatedActivation):
-        per_thread = 16 if values < 8192 else 64 if wasteful else 32
-        return LaunchConfig(rows, groups, lanes, _warps(rows * values, per_thread))
-    per_thread, steps = 32 if values < 8192 else 64, 1
-    # A residual is read late: those programs gain nothing from reading x early.
-    if amount is Amount.MANY and isinstance(spec.prologue, RMSNorm) and spec.prologue.residual_sum is None:
-        if values == 8192 and wasteful and spec.quantizer.group is None:
-            per_thread = 128
-        steps = 8 if values == 8192 and wasteful else 4 if values == 8192 or spec.quantizer.group else 1
-    return LaunchConfig(rows, groups, lanes, _warps(rows * values, per_thread), steps)
+        if amount is Amount.FEW:
+            return 8, 1
+        return (16 if values < 8192 else 64 if values == 8192 and wasteful else 32), 1
+    usual = 32 if values < 8192 else 64
+    if not isinstance(spec.prologue, RMSNorm) or amount is Amount.FEW:
+        return usual, 1
+    if spec.prologue.residual_sum is not None:
+        # A residual is read late: such programs gain nothing from reading x early.
+        return (usual if values < 16384 else 128), 1
+    if amount is not Amount.MANY:
+        return usual, 1
+    by_group = spec.quantizer.group is not None
+    if wasteful and (not by_group or row <= values * 3 // 4):
+        return (64 if values < 8192 else 128), (8 if values == 8192 else 4)
+    return usual, 1 if values == 4096 and not by_group else 4
 
 
 def _amount(rows: Any, row: int) -> Amount:
