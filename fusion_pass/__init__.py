@@ -16,6 +16,7 @@ from .registration import enabled, register, unregister
 if TYPE_CHECKING:
     from . import ops
     from .explanation import explain
+    from .failures import FusionPassError, FusionPassWarning
     from .graph_pass import UnfusedSiteError
     from .patterns.opaque import register_op, unregister_op
     from .sites import FusedSite, Miss, Report
@@ -24,6 +25,8 @@ __version__ = "0.1.0"
 
 __all__ = [
     "FusedSite",
+    "FusionPassError",
+    "FusionPassWarning",
     "Miss",
     "Report",
     "UnfusedSiteError",
@@ -39,6 +42,8 @@ __all__ = [
 # Importing Inductor takes seconds: a program that never compiles should not pay for it.
 _LAZY = {
     "FusedSite": "sites",
+    "FusionPassError": "failures",
+    "FusionPassWarning": "failures",
     "Miss": "sites",
     "Report": "sites",
     "UnfusedSiteError": "graph_pass",

@@ -50,6 +50,16 @@ def record(report: Report, before: str, after: str) -> None:
         print(f"fusion_pass: {report}\n\nrewritten graph:\n{after}", file=sys.stderr)
 
 
+def record_failure(traceback: str) -> None:
+    """A failure of the pass, where FUSION_PASS_DEBUG says."""
+    where = settings.debug()
+    if isinstance(where, Path):
+        where.mkdir(parents=True, exist_ok=True)
+        (where / f"graph_{next(_numbers)}.failed.txt").write_text(traceback)
+    elif where:
+        print(f"fusion_pass: {traceback}", file=sys.stderr)
+
+
 def _write(folder: Path, report: Report, before: str, after: str) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     stem = folder / f"graph_{next(_numbers)}"
