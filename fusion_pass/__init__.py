@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from .explanation import explain
     from .failures import FusionPassError, FusionPassWarning
     from .graph_pass import UnfusedSiteError
+    from .lockfile import LostSiteError, check, lock
     from .patterns.opaque import register_op, unregister_op
     from .sites import FusedSite, Miss, Report
 
@@ -27,11 +28,14 @@ __all__ = [
     "FusedSite",
     "FusionPassError",
     "FusionPassWarning",
+    "LostSiteError",
     "Miss",
     "Report",
     "UnfusedSiteError",
+    "check",
     "enabled",
     "explain",
+    "lock",
     "ops",
     "register",
     "register_op",
@@ -44,10 +48,13 @@ _LAZY = {
     "FusedSite": "sites",
     "FusionPassError": "failures",
     "FusionPassWarning": "failures",
+    "LostSiteError": "lockfile",
     "Miss": "sites",
     "Report": "sites",
     "UnfusedSiteError": "graph_pass",
+    "check": "lockfile",
     "explain": "explanation",
+    "lock": "lockfile",
     "register_op": "patterns.opaque",
     "unregister_op": "patterns.opaque",
 }

@@ -19,6 +19,11 @@ def text(graph: fx.Graph) -> str:
     """The graph as readable code, or nothing if no one would read it."""
     if settings.debug() is False and not _tracing():
         return ""
+    return code(graph)
+
+
+def code(graph: fx.Graph) -> str:
+    """The graph as readable code."""
     module = fx.GraphModule({}, graph) if graph.owning_module is None else graph.owning_module
     return _without_source_comments(fx.GraphModule(module, graph).print_readable(print_output=False))
 
