@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import gc
 import hashlib
+import logging
 from collections.abc import Collection, Iterator
 from functools import cache
 from pathlib import Path
@@ -22,6 +23,9 @@ from .patterns import op_table
 from .plan import plan
 from .rewrite import rewrite
 from .sites import Miss, Report
+
+# TORCH_LOGS=fusion_pass shows a line for each graph, TORCH_LOGS=+fusion_pass its sites and misses.
+log = logging.getLogger("fusion_pass")
 
 
 class UnfusedSiteError(ExpectedError):
@@ -64,20 +68,22 @@ def _run(graph: fx.Graph, undo: Undo, devices: Collection[str], strict: bool, to
     if not report.eligible and not report.missed:
         return report
     with during("record"):
-        before = debug.text(graph)
+        before = debug.picture(graph)
     _limit(report)
     undo.remember()
     if values is not None:
         with during("rewrite"):
             rewrite(graph, report.fused, values)
     with during("record"):
-        debug.record(report, before, debug.text(graph))
+        debug.record(report, before, debug.picture(graph))
     if strict and (left := [m for m in report.missed if m.kind == "quantizer"]):
         raise UnfusedSiteError("left unfused:\n" + "\n".join(map(str, left)))
     if to_kernels:
         with during("lower"):
             lower(graph, report.fused)
     _count(report)
+    log.info("%s", str(report).partition("\n")[0])
+    log.debug("%s", report)
     return report
 
 

@@ -183,7 +183,7 @@ def test_debug_prints_sites_misses_and_the_rewritten_graph(monkeypatch, capsys, 
     monkeypatch.setenv("FUSION_PASS_DEBUG", str(tmp_path / "graphs"))
     torch._dynamo.reset()
     torch.compile(fn, backend="fusion_pass_eager")(*arguments(device))
-    assert len(list((tmp_path / "graphs").iterdir())) == 3
+    assert len(list((tmp_path / "graphs").iterdir())) == 4
 
 
 def test_explain_pretends_to_be_on_a_gpu():
