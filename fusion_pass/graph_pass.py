@@ -44,8 +44,9 @@ def run(graph: fx.Graph, devices: Collection[str], *, strict: bool = False, to_k
             :class:`fusion_pass.failures.FusionPassError` if the pass fails.
     """
     errors: list[FusionPassError] = []
-    with _uncollected(), contained(graph, strict=strict, errors=errors) as undo:
-        return _run(graph, undo, devices, strict, to_kernels)
+    limit = settings.limit()
+    with _uncollected(), contained(graph, strict=strict, errors=errors) as undo, during("run"):
+        return _run(graph, undo, devices, strict, to_kernels, limit)
     missed = [Miss("failure", str(error), error.site or "the graph", "an unknown line") for error in errors]
     return Report(missed=missed)
 
@@ -62,14 +63,17 @@ def _uncollected() -> Iterator[None]:
             gc.enable()
 
 
-def _run(graph: fx.Graph, undo: Undo, devices: Collection[str], strict: bool, to_kernels: bool) -> Report:
+def _run(
+    graph: fx.Graph, undo: Undo, devices: Collection[str], strict: bool, to_kernels: bool, limit: int | None
+) -> Report:
     with during("plan"):
         report, values = plan(graph, devices)
     if not report.eligible and not report.missed:
         return report
     with during("record"):
         before = debug.picture(graph)
-    _limit(report)
+    if limit is not None:
+        _limit(report, limit)
     undo.remember()
     if values is not None:
         with during("rewrite"):
@@ -82,8 +86,9 @@ def _run(graph: fx.Graph, undo: Undo, devices: Collection[str], strict: bool, to
         with during("lower"):
             lower(graph, report.fused)
     _count(report)
-    log.info("%s", str(report).partition("\n")[0])
-    log.debug("%s", report)
+    if log.isEnabledFor(logging.INFO):
+        log.info("%s", str(report).partition("\n")[0])
+        log.debug("%s", report)
     return report
 
 
@@ -91,15 +96,13 @@ def _run(graph: fx.Graph, undo: Undo, devices: Collection[str], strict: bool, to
 _applied = 0
 
 
-def _limit(report: Report) -> None:
+def _limit(report: Report, limit: int) -> None:
     """Drop the sites beyond the first FUSION_PASS_LIMIT of the process; a site reads only what earlier ones return."""
-    limit = settings.limit()
-    if limit is not None:
-        kept = max(0, limit - _applied)
-        for number, site in enumerate(report.fused[kept:], start=_applied + kept + 1):
-            reason = f"site {number} of the process, beyond FUSION_PASS_LIMIT={limit}"
-            report.missed.append(Miss("limit", reason, site.name, site.location))
-        del report.fused[kept:]
+    kept = max(0, limit - _applied)
+    for number, site in enumerate(report.fused[kept:], start=_applied + kept + 1):
+        reason = f"site {number} of the process, beyond FUSION_PASS_LIMIT={limit}"
+        report.missed.append(Miss("limit", reason, site.name, site.location))
+    del report.fused[kept:]
 
 
 def _count(report: Report) -> None:

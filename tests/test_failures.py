@@ -97,6 +97,7 @@ FAULTS = [
     ("record", debug, "picture", 1),
     ("record", debug, "record", 0),
     ("record", debug, "trace_structured", 0),
+    ("run", graph_pass, "_count", 0),
     ("lower", graph_pass, "lower", 0),
     ("lower", lower, "_trace", 1),
     ("lower", lower, "_splice", 1),

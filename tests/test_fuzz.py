@@ -7,7 +7,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, seed, settings
 
-from fusion_pass import graph_pass
+from fusion_pass import graph_pass, plan
 from fusion_pass.testing import DifferenceError
 from fusion_pass.testing.programs import KINDS, Program, Step, _Run, check, programs
 
@@ -61,3 +61,13 @@ def test_a_wrong_rewriting_is_noticed(monkeypatch):
     monkeypatch.setattr(graph_pass, "rewrite", wrong)
     with pytest.raises(DifferenceError, match=r"(?s)output 0: .* elements differ.*before the pass.*after the pass"):
         check(Program((Step("quantize", spelling=1),)))
+
+
+@ON_CPU
+def test_other_strides_are_noticed(monkeypatch):
+    """Eager's codes of a transposed tensor are not contiguous, a fused op's are."""
+    program = Program((Step("view", spelling=11), Step("quantize")))
+    assert any("not contiguous" in miss.reason for miss in check(program).missed)
+    monkeypatch.setattr(plan, "_contiguous", lambda *nodes: True)
+    with pytest.raises(DifferenceError, match="has strides"):
+        check(program)

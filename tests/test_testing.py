@@ -128,6 +128,18 @@ def test_a_finite_counterexample_is_simple(monkeypatch):
     assert float(x.abs().max()) == round(float(x.abs().max()))
 
 
+def test_an_exception_of_the_fused_function_is_a_counterexample(monkeypatch):
+    def harm(x, outputs):
+        if x.isinf().any():
+            raise RuntimeError("cannot be")
+        return outputs
+
+    damage(monkeypatch, harm)
+    found = fuzz(spelled.per_token, arguments()[:1]).counterexample
+    assert "eager does not raise, fused does: RuntimeError: cannot be" in str(found)
+    assert found.args[0].count_nonzero() == 1
+
+
 def test_nothing_to_vary_is_an_error():
     with pytest.raises(ValueError, match="allowed: at least one"):
         fuzz(lambda x: x, (torch.arange(3),))

@@ -168,7 +168,12 @@ def _filled(value: torch.Tensor, kind: str, generator: torch.Generator) -> torch
 def _problem(fn: Callable[..., Any], graphs: Graphs, args: Sequence[Any]) -> DifferenceError | None:
     eager = execute(fn, args)
     try:
-        problem = judge(graphs.run(args), eager, lambda: graphs.run_unfused(args), exact=not graphs.reorders())
+        fused = graphs.run(args)
+    except Exception as error:
+        graphs.run_unfused(args)  # if this raises too, it is not the pass's doing
+        return graphs.difference(f"eager does not raise, fused does: {type(error).__name__}: {error}", None)
+    try:
+        problem = judge(fused, eager, lambda: graphs.run_unfused(args), exact=not graphs.reorders())
     except AssertionError as error:
         return graphs.difference(str(error), None)
     return None if problem is None else graphs.difference(*problem)

@@ -95,9 +95,12 @@ class _Run:
         return self.streams[-1 - i % len(self.streams)]
 
     def norm(self, step: Step) -> None:
-        source = self.stream(step.source)
-        if source.shape[-1] == self.weight.shape[-1]:
-            self.values.append(spellings.norm(source, self.weight, step.spelling, step.flags))
+        source, weight = self.stream(step.source), self.weight
+        if step.other == 7:
+            # A weight that is computed, maybe from the very sum that is normed.
+            weight = self.stream(step.spelling).reshape(-1)[: source.shape[-1]]
+        if source.shape[-1] == weight.shape[-1]:
+            self.values.append(spellings.norm(source, weight, step.spelling, step.flags))
 
     def add(self, step: Step) -> None:
         source, other = self.stream(step.source), self.stream(step.other)

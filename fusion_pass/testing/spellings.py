@@ -79,6 +79,8 @@ def quantize(x: torch.Tensor, spelling: int, flags: int) -> tuple[torch.Tensor, 
     if code is torch.int8:
         quotient = quotient.round()
     codes = quotient.clamp(-bound, bound).to(code).flatten(-2)
+    if spelling % 7 == 1 and flags & 4:
+        scale = torch.log2(scale).add(127).clamp(0, 254).to(torch.uint8)
     scale = scale.squeeze(-1)
     transposed = flags & 8 and scale.dim() > 1
     return codes, scale.transpose(-1, -2).contiguous() if transposed else scale
@@ -87,6 +89,8 @@ def quantize(x: torch.Tensor, spelling: int, flags: int) -> tuple[torch.Tensor, 
 def dequantized(x: torch.Tensor, spelling: int, flags: int) -> torch.Tensor:
     """x through a quantizer and back: what the next layer reads, so that sites stand one behind the other."""
     codes, scale = quantize(x, spelling, flags & 7)
+    if scale.dtype is torch.uint8:
+        scale = torch.exp2(scale.float() - 127)
     grouped = codes.float().unflatten(-1, (scale.shape[-1], -1))  # type: ignore[no-untyped-call]
     return (grouped * scale.unsqueeze(-1)).flatten(-2).to(x.dtype)  # type: ignore[no-any-return]
 
@@ -146,5 +150,7 @@ def viewed(x: torch.Tensor, spelling: int) -> torch.Tensor:
         lambda: x.unflatten(-1, (-1, half)),  # type: ignore[no-untyped-call]
         lambda: torch.cat([x, x]),
         lambda: x.expand(2, *x.shape),
+        lambda: x.transpose(0, -2) if x.dim() > 2 else x,
+        lambda: x[..., :half],
     )
     return variants[spelling % len(variants)]()
