@@ -17,7 +17,9 @@ from .registration import enabled, register, unregister
 if TYPE_CHECKING:
     from . import ops, presets
     from .explanation import explain
+    from .failures import FusionPassError, FusionPassWarning
     from .graph_pass import UnfusedSiteError
+    from .lockfile import LostSiteError, check, lock
     from .patterns.opaque import register_op, unregister_op
     from .sites import FusedSite, Miss, Report
 
@@ -25,11 +27,16 @@ __version__ = "0.1.0"
 
 __all__ = [
     "FusedSite",
+    "FusionPassError",
+    "FusionPassWarning",
+    "LostSiteError",
     "Miss",
     "Report",
     "UnfusedSiteError",
+    "check",
     "enabled",
     "explain",
+    "lock",
     "ops",
     "presets",
     "register",
@@ -41,10 +48,15 @@ __all__ = [
 # Importing Inductor takes seconds: a program that never compiles should not pay for it.
 _LAZY = {
     "FusedSite": "sites",
+    "FusionPassError": "failures",
+    "FusionPassWarning": "failures",
+    "LostSiteError": "lockfile",
     "Miss": "sites",
     "Report": "sites",
     "UnfusedSiteError": "graph_pass",
+    "check": "lockfile",
     "explain": "explanation",
+    "lock": "lockfile",
     "register_op": "patterns.opaque",
     "unregister_op": "patterns.opaque",
 }

@@ -4,21 +4,37 @@ from __future__ import annotations
 
 import itertools
 import sys
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from torch import fx
 from torch._logging._internal import trace_structured
 
 from . import settings
+from .page import page
 from .sites import Report
+from .traffic import Traffic, of_graph
 
 _numbers = itertools.count()
 
 
-def text(graph: fx.Graph) -> str:
-    """The graph as readable code, or nothing if no one would read it."""
-    if settings.debug() is False and not _tracing():
-        return ""
+@dataclass(frozen=True)
+class Picture:
+    """A graph as it was: its code, and what each operation moves; empty if no one would look at them."""
+
+    code: str = ""
+    traffic: dict[str, Traffic] = field(default_factory=dict)
+
+
+def picture(graph: fx.Graph) -> Picture:
+    where = settings.debug()
+    if where is False and not _tracing():
+        return Picture()
+    return Picture(code(graph), of_graph(graph) if isinstance(where, Path) else {})
+
+
+def code(graph: fx.Graph) -> str:
+    """The graph as readable code."""
     module = fx.GraphModule({}, graph) if graph.owning_module is None else graph.owning_module
     return _without_source_comments(fx.GraphModule(module, graph).print_readable(print_output=False))
 
@@ -33,9 +49,9 @@ def _tracing() -> bool:
     return bool(trace_log.handlers)
 
 
-def record(report: Report, before: str, after: str) -> None:
+def record(report: Report, before: Picture, after: Picture) -> None:
     """One rewritten graph: to the structured trace, and wherever FUSION_PASS_DEBUG says."""
-    for name, payload in (("before", before), ("after", after)):
+    for name, payload in (("before", before.code), ("after", after.code)):
         trace_structured(
             "artifact",
             metadata_fn=lambda name=name: {"name": f"fusion_pass_{name}", "encoding": "string"},  # type: ignore[misc]
@@ -47,12 +63,24 @@ def record(report: Report, before: str, after: str) -> None:
     if isinstance(where, Path):
         _write(where, report, before, after)
     else:
-        print(f"fusion_pass: {report}\n\nrewritten graph:\n{after}", file=sys.stderr)
+        print(f"fusion_pass: {report}\n\nrewritten graph:\n{after.code}", file=sys.stderr)
 
 
-def _write(folder: Path, report: Report, before: str, after: str) -> None:
+def record_failure(traceback: str) -> None:
+    """A failure of the pass, where FUSION_PASS_DEBUG says."""
+    where = settings.debug()
+    if isinstance(where, Path):
+        where.mkdir(parents=True, exist_ok=True)
+        (where / f"graph_{next(_numbers)}.failed.txt").write_text(traceback)
+    elif where:
+        print(f"fusion_pass: {traceback}", file=sys.stderr)
+
+
+def _write(folder: Path, report: Report, before: Picture, after: Picture) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     stem = folder / f"graph_{next(_numbers)}"
-    stem.with_suffix(".txt").write_text(f"{report}\n")
-    stem.with_suffix(".before.py").write_text(before)
-    stem.with_suffix(".after.py").write_text(after)
+    stem.with_suffix(".txt").write_text(f"{report}\n", encoding="utf-8")
+    stem.with_suffix(".before.py").write_text(before.code, encoding="utf-8")
+    stem.with_suffix(".after.py").write_text(after.code, encoding="utf-8")
+    shown = page(report, before.code, after.code, before.traffic, after.traffic, f"fusion-pass: {stem.name}")
+    stem.with_suffix(".html").write_text(shown, encoding="utf-8")

@@ -15,30 +15,40 @@ import torch
 import triton
 from torch import fx
 
-from . import debug, rounding
+from . import debug, rounding, settings
+from .failures import ExpectedError, FusionPassError, Undo, contained, during, tell
 from .inductor import CustomGraphPass
 from .lower import lower
 from .patterns import op_table
 from .plan import plan
 from .rewrite import rewrite
-from .sites import Report
+from .sites import Miss, Report
 
+# TORCH_LOGS=fusion_pass shows a line for each graph, TORCH_LOGS=+fusion_pass its sites and misses.
 log = logging.getLogger("fusion_pass")
 
 
-class UnfusedSiteError(RuntimeError):
+class UnfusedSiteError(ExpectedError):
     """With ``strict=True``, a quantizing cast was left unfused."""
 
 
 def run(graph: fx.Graph, devices: Collection[str], *, strict: bool = False, to_kernels: bool = False) -> Report:
     """Fuse every provable site of ``graph`` on ``devices``, in place.
 
+    If that fails, the graph is as it was, a :class:`fusion_pass.failures.FusionPassWarning` is given, and the report has a
+    miss of kind ``failure``.
+
     Args:
         to_kernels: lower the fused ops on GPUs to Inductor's Triton-kernel nodes.
-        strict: raise :class:`UnfusedSiteError` if a quantizing cast is left.
+        strict: raise :class:`UnfusedSiteError` if a quantizing cast is left, and
+            :class:`fusion_pass.failures.FusionPassError` if the pass fails.
     """
-    with _uncollected():
-        return _run(graph, devices, strict, to_kernels)
+    errors: list[FusionPassError] = []
+    limit = settings.limit()
+    with _uncollected(), contained(graph, strict=strict, errors=errors) as undo, during("run"):
+        return _run(graph, undo, devices, strict, to_kernels, limit)
+    missed = [Miss("failure", str(error), error.site or "the graph", "an unknown line") for error in errors]
+    return Report(missed=missed)
 
 
 @contextlib.contextmanager
@@ -53,25 +63,53 @@ def _uncollected() -> Iterator[None]:
             gc.enable()
 
 
-def _run(graph: fx.Graph, devices: Collection[str], strict: bool, to_kernels: bool) -> Report:
-    report, values = plan(graph, devices)
+def _run(
+    graph: fx.Graph, undo: Undo, devices: Collection[str], strict: bool, to_kernels: bool, limit: int | None
+) -> Report:
+    with during("plan"):
+        report, values = plan(graph, devices)
     if not report.eligible and not report.missed:
         return report
-    before = debug.text(graph)
+    with during("record"):
+        before = debug.picture(graph)
+    if limit is not None:
+        _limit(report, limit)
+    undo.remember()
     if values is not None:
-        rewrite(graph, report.fused, values)
-    debug.record(report, before, debug.text(graph))
-    _count(report)
+        with during("rewrite"):
+            rewrite(graph, report.fused, values)
+    with during("record"):
+        debug.record(report, before, debug.picture(graph))
     if strict and (left := [m for m in report.missed if m.kind == "quantizer"]):
         raise UnfusedSiteError("left unfused:\n" + "\n".join(map(str, left)))
     if to_kernels:
-        lower(graph, report.fused)
+        with during("lower"):
+            lower(graph, report.fused)
+    _count(report)
+    if log.isEnabledFor(logging.INFO):
+        log.info("%s", str(report).partition("\n")[0])
+        log.debug("%s", report)
     return report
+
+
+# How many sites the process has fused so far, for FUSION_PASS_LIMIT.
+_applied = 0
+
+
+def _limit(report: Report, limit: int) -> None:
+    """Drop the sites beyond the first FUSION_PASS_LIMIT of the process; a site reads only what earlier ones return."""
+    kept = max(0, limit - _applied)
+    for number, site in enumerate(report.fused[kept:], start=_applied + kept + 1):
+        reason = f"site {number} of the process, beyond FUSION_PASS_LIMIT={limit}"
+        report.missed.append(Miss("limit", reason, site.name, site.location))
+    del report.fused[kept:]
 
 
 def _count(report: Report) -> None:
     from torch._dynamo.utils import counters
 
+    global _applied
+    _applied += len(report.fused)
     for site in report.fused:
         counters["fusion_pass"][site.name] += 1
         counters["fusion_pass"]["fused"] += 1
@@ -80,31 +118,69 @@ def _count(report: Report) -> None:
         counters["fusion_pass"][f"missed_{miss.kind}"] += 1
 
 
-class FusionPass(CustomGraphPass):  # type: ignore[misc]
-    """The pass as Inductor calls it on every post-grad graph."""
+class _InstalledPass(CustomGraphPass):  # type: ignore[misc]
+    """A pass that stands in the config.
 
-    def __init__(self, devices: Collection[str], strict: bool) -> None:
+    Attributes:
+        active: whether it does anything. Unregistering reaches the config of the thread that does it; a thread that has
+            the pass in a config of its own keeps one that is not active.
+        devices, strict: as :func:`fusion_pass.register` takes them.
+    """
+
+    def __init__(self, devices: Collection[str] = (), strict: bool = False) -> None:
+        self.active = True
+        self.configure(devices, strict)
+
+    def configure(self, devices: Collection[str], strict: bool) -> None:
         self.devices = tuple(sorted(devices))
         self.strict = strict
 
+    def __deepcopy__(self, memo: Any) -> _InstalledPass:
+        # A thread that first reads a setting gets a copy of its default: it must be the pass that is switched off.
+        return self
+
+
+class FusionPass(_InstalledPass):
+    """The pass as Inductor calls it on every post-grad graph."""
+
     def __call__(self, graph: fx.Graph) -> None:
-        rounding.show(graph)
+        if not self.active:
+            return
+        with contained(graph, strict=self.strict) as undo, during("show roundings"):
+            undo.remember()
+            rounding.show(graph)
         run(graph, self.devices, strict=self.strict, to_kernels=True)
 
     def uuid(self) -> Any:
-        # None bypasses Inductor's cache: a registered op whose source cannot be found may change unseen.
-        table = op_table.fingerprint()
-        return table and ("fusion_pass", source_hash(), self.devices, self.strict, table)
+        # None bypasses Inductor's cache: a registered op whose source cannot be found may change unseen, and which sites
+        # of a graph a limit leaves depends on the graphs before it.
+        if not self.active:
+            return "fusion_pass is off"
+        if settings.limit() is not None:
+            return None
+        try:
+            with during("cache key"):
+                table = op_table.fingerprint()
+                return table and ("fusion_pass", source_hash(), self.devices, self.strict, table)
+        except FusionPassError as error:
+            if self.strict:
+                raise
+            tell(error)
+            return None
 
 
-class RoundingGuard(CustomGraphPass):  # type: ignore[misc]
+class RoundingGuard(_InstalledPass):
     """Hides rounding points from Inductor's joint-graph passes; :class:`FusionPass` shows them again."""
 
     def __call__(self, graph: fx.Graph) -> None:
-        rounding.hide(graph)
+        if not self.active:
+            return
+        with contained(graph, strict=self.strict) as undo, during("hide roundings"):
+            undo.remember()
+            rounding.hide(graph)
 
     def uuid(self) -> Any:
-        return ("fusion_pass.rounding", source_hash())
+        return ("fusion_pass.rounding", source_hash()) if self.active else "fusion_pass.rounding is off"
 
 
 @cache

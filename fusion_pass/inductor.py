@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Sequence
+from contextvars import ContextVar
 from functools import cache
 from typing import Any
 
@@ -26,10 +27,12 @@ __all__ = [
     "compile_without_joint_passes",
     "fake_mode_of",
     "functional_launch",
+    "has_pass",
     "launch_kernels_statically",
     "real_tensors",
     "realize_kernel_inputs",
     "remove_pass",
+    "share_with_threads",
     "sort_topologically",
     "stored_number",
 ]
@@ -69,6 +72,33 @@ def add_pass(slot: str, graph_pass: CustomGraphPass) -> Any:
     return before
 
 
+def has_pass(slot: str, graph_pass: CustomGraphPass) -> bool:
+    current = getattr(config, slot)
+    passes = current.passes if isinstance(current, PassChain) else current
+    return graph_pass is current or (isinstance(passes, (list, tuple)) and graph_pass in passes)
+
+
+def share_with_threads(name: str, value: Any) -> Callable[[], None]:
+    """Have threads with no setting of their own see ``value``; returns what undoes that.
+
+    From torch 2.12 on, setting a field of the config reaches the thread that does it alone. A default that someone else
+    has put there is left.
+    """
+    entry = getattr(config, "_config", {}).get(name)
+    if entry is None or not isinstance(getattr(entry, "user_override", None), ContextVar):
+        return lambda: None
+    before = entry.default
+    if before is not None and not isinstance(before, bool):
+        return lambda: None
+    entry.default = value
+
+    def undo() -> None:
+        if entry.default is value:
+            entry.default = before
+
+    return undo
+
+
 def remove_pass(slot: str, graph_pass: CustomGraphPass, before: Any) -> None:
     """Undo :func:`add_pass`: restore ``before``, unless others have changed the slot since; then take out ours alone."""
     current = getattr(config, slot)
@@ -87,13 +117,15 @@ def _without(current: Any, graph_pass: CustomGraphPass, before: Any) -> Any:
     return current
 
 
-def realize_kernel_inputs(wanted: bool) -> None:
-    """Have Inductor compute what a Triton kernel reads once, instead of anew for each kernel that reads it."""
+def realize_kernel_inputs(wanted: bool) -> bool:
+    """Whether Inductor computes what a Triton kernel reads once, not anew for each that reads it; returns what was."""
     from torch._higher_order_ops.triton_kernel_wrap import triton_kernel_wrapper_mutation
     from torch._inductor.lowering import needs_realized_inputs
 
     kernels: Any = needs_realized_inputs
+    before = triton_kernel_wrapper_mutation in kernels
     (kernels.add if wanted else kernels.discard)(triton_kernel_wrapper_mutation)
+    return before
 
 
 def launch_kernels_statically(wanted: bool) -> bool:

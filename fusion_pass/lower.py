@@ -13,6 +13,7 @@ import torch
 from torch import fx
 
 from . import inductor
+from .failures import during
 from .kernels.launch import finish, launch_into_buffers, written
 from .patterns.values import aten, prims, tensor
 from .sites import FusedSite
@@ -28,11 +29,12 @@ def lower(graph: fx.Graph, sites: Sequence[FusedSite]) -> None:
     for site in sites:
         if site.op is None or site.op.graph is not graph or not _on_gpu(site.op):
             continue
-        inputs = _tensor_inputs(site.op)
-        key = (site.spec, tuple(_meta(n) for n in inputs))
-        if key not in traced:
-            traced[key] = _trace(graph, site.spec, inputs)
-        _splice(graph, site.op, inputs, traced[key])
+        with during("lower", site):
+            inputs = _tensor_inputs(site.op)
+            key = (site.spec, tuple(_meta(n) for n in inputs))
+            if key not in traced:
+                traced[key] = _trace(graph, site.spec, inputs)
+            _splice(graph, site.op, inputs, traced[key])
 
 
 def _on_gpu(op: fx.Node) -> bool:

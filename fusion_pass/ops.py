@@ -10,7 +10,9 @@ CPU it runs the plain PyTorch reference, or under TRITON_INTERPRET=1 the kernel 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterator
+from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -44,6 +46,8 @@ _PROLOGUES: dict[str, type[Prologue]] = {
     "rms_norm_quant": RMSNorm,
     "act_mul_quant": GatedActivation,
 }
+
+_interpreted: ContextVar[bool] = ContextVar("interpreted", default=INTERPRETED)
 
 _library = torch.library.Library("fusion_pass", "DEF")
 _library.define("quant(Tensor x, Tensor? given, str spec) -> Tensor[]")
@@ -113,8 +117,18 @@ def _run(op: str, text: str, operands: _Operands) -> list[torch.Tensor]:
     # An empty tensor has no rows to quantize; one that shares a scale still has the scale of an amax of zero.
     if x.numel() == 0 and spec.quantizer.granularity is not Granularity.TENSOR:
         return allocate(spec, x)
-    run = reference if x.numel() == 0 or (x.device.type == "cpu" and not INTERPRETED) else launch
+    run = reference if x.numel() == 0 or (x.device.type == "cpu" and not _interpreted.get()) else launch
     return run(spec, x, operands.other, operands.weight, operands.given)
+
+
+@contextlib.contextmanager
+def plain_on_cpu() -> Iterator[None]:
+    """On a CPU, run the ops as plain PyTorch in the block, also under TRITON_INTERPRET=1: in eager's order of summation."""
+    token = _interpreted.set(False)
+    try:
+        yield
+    finally:
+        _interpreted.reset(token)
 
 
 def _fake(op: str, text: str, operands: _Operands) -> list[torch.Tensor]:

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import fx
 
+from .failures import during
 from .patterns.activations import ActivationSite, recognise_activation
 from .patterns.grammar import Failure, Search, describe
 from .patterns.layouts import stored_copies
@@ -55,6 +56,19 @@ class _Group:
     quantizers: list[QuantizerSite]
     served: list[int]
 
+    def __str__(self) -> str:
+        return str(_Located(self.quantizers[0].codes))
+
+
+@dataclass
+class _Located:
+    """An operation with the user's line, for messages: found only if one is given."""
+
+    node: fx.Node
+
+    def __str__(self) -> str:
+        return f"{self.node.name}: {describe(self.node)} ({location(self.node)})"
+
 
 class _Planner:
     values: Values
@@ -86,7 +100,8 @@ class _Planner:
             self.report.eligible = sum(map(casts_to_codes, self.casts))
             self.order = {node: i for i, node in enumerate(self.graph.nodes)}
             for value, group in self._groups().items():
-                self.report.fused += self._plan_group(value, group)
+                with during("plan", group):
+                    self.report.fused += self._plan_group(value, group)
         return self.report
 
     def _groups(self) -> dict[fx.Node, _Group]:
@@ -98,7 +113,8 @@ class _Planner:
                 group, index = found[core]
                 group.served[index] += 1
                 continue
-            site = self._quantizer(cast)
+            with during("plan", _Located(cast)):
+                site = self._quantizer(cast)
             if site is not None:
                 group = groups.setdefault(site.x, _Group([], []))
                 found[core] = group, len(group.quantizers)

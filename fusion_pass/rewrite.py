@@ -10,6 +10,7 @@ import torch
 from torch import fx
 
 from . import inductor, ops
+from .failures import during
 from .patterns.values import Values, aten, dtype, is_pure, same_shape, same_size, shape, tensor
 from .sites import FusedSite
 from .specs import GatedActivation, NoPrologue, RMSNorm
@@ -19,7 +20,8 @@ def rewrite(graph: fx.Graph, sites: Iterable[FusedSite], values: Values) -> None
     """Insert the ops of ``sites``, give their outputs to the users of the values they replace, and drop what is dead."""
     editor = _Editor(graph, values)
     for site in sites:
-        editor.insert(site)
+        with during("rewrite", site):
+            editor.insert(site)
     if editor.replaced:
         _erase_dead(graph, editor.replaced)
         inductor.sort_topologically(graph)

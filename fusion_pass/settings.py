@@ -12,3 +12,17 @@ def debug() -> Path | bool:
     if value in ("", "0"):
         return False
     return True if value == "1" else Path(value)
+
+
+def limit() -> int | None:
+    """FUSION_PASS_LIMIT: fuse only the first so many sites of the process; unset is all of them.
+
+    Raises:
+        ValueError: it is not a number of sites.
+    """
+    value = os.environ.get("FUSION_PASS_LIMIT", "")
+    if not value:
+        return None
+    if not value.isdecimal():
+        raise ValueError(f"FUSION_PASS_LIMIT is {value!r}; allowed: a number of sites, 0 or more")
+    return int(value)

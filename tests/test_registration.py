@@ -8,6 +8,7 @@ from torch._inductor.custom_graph_pass import CustomGraphPass
 
 import fusion_pass
 from fusion_pass import graph_pass, inductor
+from fusion_pass.backends import collecting
 from fusion_pass.testing import compare
 
 import spelled
@@ -96,6 +97,35 @@ def test_the_cache_key_covers_options_and_sources(monkeypatch):
     assert same != graph_pass.FusionPass(("cuda",), False).uuid()
 
 
+def test_a_limit_bypasses_the_cache(monkeypatch):
+    monkeypatch.setenv("FUSION_PASS_LIMIT", "3")
+    assert graph_pass.FusionPass(("cuda",), False).uuid() is None
+    monkeypatch.setenv("FUSION_PASS_LIMIT", "three")
+    with pytest.raises(ValueError, match="FUSION_PASS_LIMIT is 'three'; allowed"):
+        graph_pass.FusionPass(("cuda",), False).uuid()
+
+
+@pytest.mark.parametrize("limit", range(4))
+def test_a_limit_fuses_the_first_sites_of_the_process(limit, monkeypatch, device):
+    """A site quantizes the sum that the one before returns, over two graphs."""
+
+    def two(x, r, w):
+        h = x + r
+        return spelled.per_token(spelled.rms_norm(h, w)), spelled.per_group(spelled.rms_norm(h, w)), h
+
+    monkeypatch.setenv("FUSION_PASS_LIMIT", str(limit))
+    monkeypatch.setattr(graph_pass, "_applied", 0)
+    tensors = arguments(device)
+    reports = [fusion_pass.Report(), fusion_pass.Report()]
+    for function, report in zip((two, fn), reports, strict=True):
+        assert compare(torch.compile(function, backend=collecting(report))(*tensors), function(*tensors)).equal
+    counts = [len(report.fused) for report in reports]
+    assert counts == [min(limit, 2), min(limit, 3) - min(limit, 2)]
+    left = [m for report in reports for m in report.missed if m.kind == "limit"]
+    assert len(left) == 3 - limit
+    assert all(f"beyond FUSION_PASS_LIMIT={limit}" in m.reason for m in left)
+
+
 def test_a_chain_without_a_uuid_bypasses_the_cache():
     with config.patch(inductor.POST_GRAD, lambda graph: None):
         fusion_pass.register()
@@ -180,7 +210,7 @@ def test_debug_prints_sites_misses_and_the_rewritten_graph(monkeypatch, capsys, 
     monkeypatch.setenv("FUSION_PASS_DEBUG", str(tmp_path / "graphs"))
     torch._dynamo.reset()
     torch.compile(fn, backend="fusion_pass_eager")(*arguments(device))
-    assert len(list((tmp_path / "graphs").iterdir())) == 3
+    assert len(list((tmp_path / "graphs").iterdir())) == 4
 
 
 def test_explain_pretends_to_be_on_a_gpu():

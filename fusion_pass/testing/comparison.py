@@ -49,10 +49,10 @@ def compare(actual: Any, expected: Any) -> Comparison:
         if not isinstance(a, torch.Tensor):
             assert a == b, f"{a!r} is not {b!r}"
             continue
-        unequal = _unequal(a, b)
+        differs = unequal(a, b)
         elements += a.numel()
-        different += int(unequal.sum())
-        distance = (a.double() - b.double()).abs()[unequal]
+        different += int(differs.sum())
+        distance = (a.double() - b.double()).abs()[differs]
         largest = max(largest, _largest(distance))
     return Comparison(elements, different, largest)
 
@@ -62,11 +62,12 @@ def _largest(distance: torch.Tensor) -> float:
     return float(finite.max()) if finite.numel() else 0.0
 
 
-def _unequal(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+def unequal(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    """Where two tensors of one shape, dtype and device differ in their bits; NaNs are equal to each other."""
     for name in ("shape", "dtype", "device"):
         assert getattr(a, name) == getattr(b, name), f"{name} {getattr(a, name)} is not {getattr(b, name)}"
     bits = _BITS[a.element_size()]
-    unequal = a.contiguous().view(bits) != b.contiguous().view(bits)
+    differs = a.contiguous().view(bits) != b.contiguous().view(bits)
     if a.is_floating_point():
-        unequal &= ~(a.double().isnan() & b.double().isnan())
-    return unequal
+        differs &= ~(a.double().isnan() & b.double().isnan())
+    return differs
