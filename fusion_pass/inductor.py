@@ -7,22 +7,28 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Sequence
+from contextvars import ContextVar
+from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
 import torch
 from torch import fx
-from torch._inductor import config
+from torch._inductor import config, custom_graph_pass
 from torch._inductor.custom_graph_pass import CustomGraphPass
 from torch._inductor.pattern_matcher import stable_topological_sort
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.utils._config_module import _UNSET_SENTINEL as _UNSET
 
 __all__ = [
     "POST_GRAD",
     "PRE_JOINT",
     "CustomGraphPass",
     "PassChain",
+    "Previous",
+    "UnsupportedTorchError",
     "add_pass",
+    "compile_with_inductor",
     "compile_without_joint_passes",
     "fake_mode_of",
     "functional_launch",
@@ -30,16 +36,31 @@ __all__ = [
     "real_tensors",
     "realize_kernel_inputs",
     "remove_pass",
+    "restore_launches",
     "sort_topologically",
     "stored_number",
 ]
 
 POST_GRAD = "post_grad_custom_post_pass"
 PRE_JOINT = "joint_custom_pre_pass"
+_STATIC_LAUNCH = "static_launch_user_defined_triton_kernels"
+
+
+class UnsupportedTorchError(RuntimeError):
+    """The installed torch lacks something of Inductor that the package uses."""
+
+    def __init__(self, lacking: str) -> None:
+        super().__init__(f"fusion_pass works with torch 2.11 to 2.15, but in torch {torch.__version__} {lacking}")
+
+
+# Whether a pass slot of the config takes several passes: since torch 2.13.
+_TAKES_LISTS = hasattr(custom_graph_pass, "get_custom_graph_passes")
+# Passes that are told whether the graph is one of inference: since torch 2.12.
+_INFERENCE_AWARE = getattr(custom_graph_pass, "CustomInferenceAwareGraphPass", None)
 
 
 class PassChain(CustomGraphPass):  # type: ignore[misc]
-    """Several passes in the one slot of the config; before torch 2.13 it takes no list.
+    """Several passes in a slot of the config that takes one.
 
     Its uuid combines those of its passes, and is None (Inductor then bypasses its cache) if any has none.
     """
@@ -47,44 +68,104 @@ class PassChain(CustomGraphPass):  # type: ignore[misc]
     def __init__(self, passes: Sequence[Any]) -> None:
         self.passes = tuple(passes)
 
-    def __call__(self, graph: fx.Graph) -> None:
+    def __call__(self, graph: fx.Graph, **told: bool) -> None:
         for graph_pass in self.passes:
-            graph_pass(graph)
+            graph_pass(graph, **(told if _is_inference_aware(graph_pass) else {}))
 
     def uuid(self) -> Any | None:
         uuids = [p.uuid() if isinstance(p, CustomGraphPass) else None for p in self.passes]
         return None if None in uuids else tuple(uuids)
 
 
-def add_pass(slot: str, graph_pass: CustomGraphPass) -> Any:
-    """Append a pass to a config slot, keeping those installed, and return what the slot held."""
-    before = getattr(config, slot)
-    if before is None:
-        after: Any = graph_pass
-    elif isinstance(before, (list, tuple)):
-        after = [*before, graph_pass]
-    else:
-        after = PassChain([before, graph_pass])
-    setattr(config, slot, after)
-    return before
+def _is_inference_aware(graph_pass: Any) -> bool:
+    return _INFERENCE_AWARE is not None and isinstance(graph_pass, _INFERENCE_AWARE)
 
 
-def remove_pass(slot: str, graph_pass: CustomGraphPass, before: Any) -> None:
+def _chained(passes: Sequence[Any]) -> PassChain:
+    """A chain that is told what any of its passes must be told."""
+    if not any(map(_is_inference_aware, passes)):
+        return PassChain(passes)
+    return type("InferenceAwarePassChain", (PassChain, _INFERENCE_AWARE), {})(passes)  # type: ignore[no-any-return]
+
+
+@dataclass(frozen=True)
+class Previous:
+    """What an entry of the config was: for every thread, and as this thread had assigned it."""
+
+    everywhere: Any
+    here: Any
+
+
+def add_pass(slot: str, graph_pass: CustomGraphPass) -> Previous:
+    """Append a pass to a config slot for all threads, keeping those installed, and return what the slot held."""
+
+    def appended(passes: Any) -> Any:
+        together = [*_listed(passes), graph_pass]
+        if len(together) == 1:
+            return graph_pass
+        return together if _TAKES_LISTS else _chained(together)
+
+    return _change(slot, appended)
+
+
+def remove_pass(slot: str, graph_pass: CustomGraphPass, before: Previous) -> None:
     """Undo :func:`add_pass`: restore ``before``, unless others have changed the slot since; then take out ours alone."""
-    current = getattr(config, slot)
-    setattr(config, slot, _without(current, graph_pass, before))
+    entry = _entry(slot)
+    everywhere = _without(entry.env_value_default, graph_pass, before.everywhere)
+    _write(slot, Previous(everywhere, _without(_assigned(entry), graph_pass, before.here)))
 
 
 def _without(current: Any, graph_pass: CustomGraphPass, before: Any) -> Any:
-    if current is graph_pass:
+    passes = _listed(current)
+    if graph_pass not in passes:
+        return current
+    rest = [p for p in passes if p is not graph_pass]
+    if rest == _listed(before):
         return before
-    if isinstance(current, PassChain) and graph_pass in current.passes:
-        rest = [p for p in current.passes if p is not graph_pass]
-        return rest[0] if len(rest) == 1 else PassChain(rest)
-    if isinstance(current, (list, tuple)) and graph_pass in current:
-        rest = [p for p in current if p is not graph_pass]
-        return before if isinstance(before, (list, tuple)) and rest == list(before) else type(current)(rest)
-    return current
+    if isinstance(current, (list, tuple)):
+        return type(current)(rest) if rest else None
+    return _chained(rest) if len(rest) > 1 else rest[0] if rest else None
+
+
+def _listed(passes: Any) -> list[Any]:
+    if passes is None or passes is _UNSET:
+        return []
+    if isinstance(passes, PassChain):
+        return list(passes.passes)
+    return list(passes) if isinstance(passes, (list, tuple)) else [passes]
+
+
+def _change(name: str, changed: Callable[[Any], Any]) -> Previous:
+    """Change an entry of Inductor's config for all threads, and return what it was.
+
+    Since torch 2.12 an assignment is seen by its own thread alone; but worker threads compile too, and autograd's
+    threads compile backward graphs. What an environment variable says is seen by all, where nothing is assigned.
+    """
+    entry = _entry(name)
+    before = Previous(entry.env_value_default, _assigned(entry))
+    here = _UNSET if before.here is _UNSET else changed(before.here)
+    _write(name, Previous(changed(before.everywhere), here))
+    return before
+
+
+def _write(name: str, value: Previous) -> None:
+    _entry(name).env_value_default = value.everywhere
+    # Assigned even if it is nothing: the config then knows that what it has cached is stale.
+    setattr(config, name, value.here)
+
+
+def _assigned(entry: Any) -> Any:
+    override = entry.user_override
+    return override.get() if isinstance(override, ContextVar) else override
+
+
+def _entry(name: str) -> Any:
+    """An entry of Inductor's config; torch 2.11 to 2.15 have all that is used of it."""
+    entry = config._config.get(name)
+    for attribute in ("user_override", "env_value_default"):
+        if not hasattr(entry, attribute):
+            raise UnsupportedTorchError(f"torch._inductor.config.{name} has no {attribute}")
+    return entry
 
 
 def realize_kernel_inputs(wanted: bool) -> None:
@@ -96,14 +177,17 @@ def realize_kernel_inputs(wanted: bool) -> None:
     (kernels.add if wanted else kernels.discard)(triton_kernel_wrapper_mutation)
 
 
-def launch_kernels_statically(wanted: bool) -> bool:
-    """Whether Inductor's own fast launcher also launches users' Triton kernels; returns what the setting was.
+def launch_kernels_statically() -> Previous:
+    """Have Inductor's own fast launcher also launch users' Triton kernels; returns what the setting was.
 
     Without it a fused kernel costs about 5 µs more of host time than a kernel of Inductor's.
     """
-    before = bool(config.static_launch_user_defined_triton_kernels)
-    config.static_launch_user_defined_triton_kernels = wanted
-    return before
+    return _change(_STATIC_LAUNCH, lambda _: True)
+
+
+def restore_launches(before: Previous) -> None:
+    """Undo :func:`launch_kernels_statically`."""
+    _write(_STATIC_LAUNCH, before)
 
 
 def sort_topologically(graph: fx.Graph) -> None:
@@ -152,6 +236,21 @@ def compile_without_joint_passes(
         fw_compiler=boxed, bw_compiler=boxed, inference_compiler=boxed, decompositions=select_decomp_table
     )
     return backend(gm, inputs)  # type: ignore[no-any-return]
+
+
+def compile_with_inductor(
+    gm: fx.GraphModule,
+    inputs: Sequence[Any],
+    options: dict[str, Any] | None,
+    around: contextlib.ContextDecorator,
+) -> Callable[..., Any]:
+    """Inductor as a backend of torch.compile, each graph compiled within ``around``.
+
+    A backward graph is compiled when it first runs, long after this has returned.
+    """
+    from torch._inductor.compile_fx import compile_fx, compile_fx_inner
+
+    return compile_fx(gm, inputs, inner_compile=around(compile_fx_inner), config_patches=options)  # type: ignore[no-any-return]
 
 
 class _Recorder:

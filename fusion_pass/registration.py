@@ -5,19 +5,30 @@ from __future__ import annotations
 import contextlib
 import threading
 from collections.abc import Iterator, Sequence
-from typing import Any
+from dataclasses import dataclass
 
 DEVICES = ("cuda", "cpu")
 
 _lock = threading.RLock()
-_installed: list[tuple[str, Any, Any]] = []
-_launched_statically: list[bool] = []
+
+
+@dataclass(eq=False)
+class _Options:
+    devices: tuple[str, ...]
+    strict: bool
+
+
+# What `register` was given, if anything, and each open `enabled`, in whatever threads; the last one's options hold.
+_registered: list[_Options] = []
+_scopes: list[_Options] = []
+_undo = contextlib.ExitStack()
 
 
 def register(devices: Sequence[str] = ("cuda",), strict: bool = False) -> None:
     """Fuse quantization sites in everything that ``torch.compile`` compiles with Inductor from now on.
 
-    Passes that are already installed are kept and run first. Calling again with other arguments replaces the options.
+    It holds for every thread. Passes that are already installed are kept and run first. Calling again with other
+    arguments replaces the options.
 
     Args:
         devices: device types whose graphs are rewritten: "cuda", "cpu". A CPU graph keeps the fused ops as calls, which
@@ -27,52 +38,62 @@ def register(devices: Sequence[str] = ("cuda",), strict: bool = False) -> None:
     Raises:
         ValueError: ``devices`` is empty or names a device type that is not supported.
     """
-    from . import inductor
-    from .graph_pass import FusionPass, RoundingGuard
+    options = _checked(devices, strict)
+    with _lock:
+        _registered[:] = [options]
+        _install()
 
+
+def _checked(devices: Sequence[str], strict: bool) -> _Options:
     devices = (devices,) if isinstance(devices, str) else tuple(devices)
     unknown = sorted(set(devices) - set(DEVICES))
     if unknown or not devices:
         raise ValueError(f"devices is {devices!r}; allowed: one or more of {', '.join(map(repr, DEVICES))}")
-    with _lock:
-        unregister()
-        for slot, graph_pass in (
-            (inductor.PRE_JOINT, RoundingGuard()),
-            (inductor.POST_GRAD, FusionPass(devices, strict)),
-        ):
-            _installed.append((slot, graph_pass, inductor.add_pass(slot, graph_pass)))
-        inductor.realize_kernel_inputs(True)
-        _launched_statically.append(inductor.launch_kernels_statically(True))
+    return _Options(devices, strict)
+
+
+def _install() -> None:
+    """Have Inductor's config hold the passes of the last options, or none."""
+    from . import inductor
+    from .graph_pass import FusionPass, RoundingGuard
+
+    _undo.close()
+    if not (wanted := [*_registered, *_scopes]):
+        return
+    options = wanted[-1]
+    for slot, graph_pass in (
+        (inductor.PRE_JOINT, RoundingGuard()),
+        (inductor.POST_GRAD, FusionPass(options.devices, options.strict)),
+    ):
+        _undo.callback(inductor.remove_pass, slot, graph_pass, inductor.add_pass(slot, graph_pass))
+    inductor.realize_kernel_inputs(True)
+    _undo.callback(inductor.realize_kernel_inputs, False)
+    _undo.callback(inductor.restore_launches, inductor.launch_kernels_statically())
 
 
 def unregister() -> None:
     """Take the pass out of Inductor's config, which is then as :func:`register` found it. Does nothing if not registered."""
     with _lock:
-        if not _installed:
-            return
-        from . import inductor
-
-        while _installed:
-            inductor.remove_pass(*_installed.pop())
-        inductor.realize_kernel_inputs(False)
-        inductor.launch_kernels_statically(_launched_statically.pop())
+        if _registered:
+            _registered.clear()
+            _install()
 
 
 def is_registered() -> bool:
     with _lock:
-        return bool(_installed)
+        return bool(_registered or _scopes)
 
 
 @contextlib.contextmanager
 def enabled(devices: Sequence[str] = ("cuda",), strict: bool = False) -> Iterator[None]:
     """:func:`register` for the duration of a ``with`` block; an earlier registration is restored after it."""
+    options = _checked(devices, strict)
     with _lock:
-        before = [graph_pass for _, graph_pass, _ in _installed]
-    register(devices, strict)
+        _scopes.append(options)
+        _install()
     try:
         yield
     finally:
-        unregister()
-        if before:
-            outer = before[-1]
-            register(outer.devices, outer.strict)
+        with _lock:
+            _scopes.remove(options)
+            _install()
