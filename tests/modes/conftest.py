@@ -1,8 +1,11 @@
 """Modes are compiled with Inductor on a GPU; on a CPU mostly by the eager executor, which rewrites the same graphs."""
 
+import uuid
+
 import pytest
 from torch._dynamo.utils import counters
-from torch._inductor.utils import fresh_cache
+
+from fusion_pass import graph_pass
 
 
 @pytest.fixture
@@ -11,13 +14,12 @@ def backend(device):
 
 
 @pytest.fixture
-def fused():
-    """Counts, by name, the sites fused since the test began; nothing comes from a cache that outlives the test."""
+def fused(monkeypatch):
+    """Counts, by name, the sites fused since the test began, which finds no graph of an earlier run in Inductor's caches."""
     counters.clear()
-    with fresh_cache():
-        yield lambda: {
-            name: count for name, count in counters["fusion_pass"].items() if name not in ("fused", "shared")
-        }
+    run = uuid.uuid4().hex
+    monkeypatch.setattr(graph_pass, "source_hash", lambda: run)
+    return lambda: {name: count for name, count in counters["fusion_pass"].items() if name not in ("fused", "shared")}
 
 
 @pytest.fixture
