@@ -59,7 +59,8 @@ def run(sources, device, *, strict=False, autograd_cache=True):
     }
     arguments = [device, "strict" if strict else "lenient"]
     command = [sys.executable, "-c", SCRIPT, *arguments]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    # Not from the root of the repository, whose folders are named like the package.
+    done = subprocess.run(command, cwd=sources.parent, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     counted = json.loads(done.stdout.splitlines()[-1])
     assert counted.pop("equal")

@@ -120,7 +120,9 @@ def test_the_body_of_a_loop(x, device, backend, fused):
         return count + 1, (codes.float() * scale).to(x.dtype)
 
     def fn(x):
-        return torch.while_loop(lambda count, x: count < 3, body, (torch.zeros((), dtype=torch.int64, device=device), x))
+        return torch.while_loop(
+            lambda count, x: count < 3, body, (torch.zeros((), dtype=torch.int64, device=device), x)
+        )
 
     assert compare(torch.compile(fn, backend=backend, fullgraph=True)(x), fn(x)).equal
     assert fused() == {"quant_per_token": 1}
