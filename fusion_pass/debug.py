@@ -7,9 +7,9 @@ import sys
 from pathlib import Path
 
 from torch import fx
-from torch._logging._internal import trace_structured
 
 from . import settings
+from .inductor import trace_log, trace_structured
 from .sites import Report
 
 _numbers = itertools.count()
@@ -28,8 +28,6 @@ def _without_source_comments(code: str) -> str:
 
 
 def _tracing() -> bool:
-    from torch._logging._internal import trace_log
-
     return bool(trace_log.handlers)
 
 

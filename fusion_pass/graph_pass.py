@@ -16,7 +16,7 @@ import triton
 from torch import fx
 
 from . import debug, rounding
-from .inductor import CustomGraphPass
+from .inductor import CustomGraphPass, counters
 from .lower import lower
 from .patterns import op_table
 from .plan import plan
@@ -70,8 +70,6 @@ def _run(graph: fx.Graph, devices: Collection[str], strict: bool, to_kernels: bo
 
 
 def _count(report: Report) -> None:
-    from torch._dynamo.utils import counters
-
     for site in report.fused:
         counters["fusion_pass"][site.name] += 1
         counters["fusion_pass"]["fused"] += 1

@@ -1,11 +1,13 @@
-"""Every private API of Inductor and AOTAutograd that the package uses, in one place.
+"""Every private API of torch that the package uses, in one place: Inductor's, AOTAutograd's, Dynamo's and the tracer's.
 
-What each needs of a torch version is said here, so that a new release is checked against this file alone.
+What each needs of a torch version is said here, so that a new release is checked against this file alone. What a version
+lacks is named by :class:`UnsupportedTorchError`.
 """
 
 from __future__ import annotations
 
 import contextlib
+import importlib
 from collections.abc import Callable, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass
@@ -14,43 +16,63 @@ from typing import Any
 
 import torch
 from torch import fx
-from torch._inductor import config, custom_graph_pass
-from torch._inductor.custom_graph_pass import CustomGraphPass
-from torch._inductor.pattern_matcher import stable_topological_sort
-from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
-from torch.utils._config_module import _UNSET_SENTINEL as _UNSET
+
+
+class UnsupportedTorchError(RuntimeError):
+    """The installed torch lacks something private that the package uses."""
+
+    def __init__(self, lacking: object) -> None:
+        super().__init__(
+            f"fusion_pass is tested with torch 2.11 to 2.15; the installed torch {torch.__version__} lacks what it uses: {lacking}"
+        )
+
+
+try:
+    from torch._C import parse_schema
+    from torch._dynamo.utils import counters
+    from torch._inductor import config, custom_graph_pass
+    from torch._inductor.custom_graph_pass import CustomGraphPass
+    from torch._inductor.pattern_matcher import stable_topological_sort
+    from torch._logging._internal import trace_log, trace_structured
+    from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+    from torch.fx.experimental.proxy_tensor import make_fx
+    from torch.utils._config_module import _UNSET_SENTINEL as _UNSET
+    from torch.utils._python_dispatch import _disable_current_modes, is_traceable_wrapper_subclass
+except ImportError as error:
+    raise UnsupportedTorchError(error) from error
 
 __all__ = [
     "POST_GRAD",
     "PRE_JOINT",
     "CustomGraphPass",
+    "FakeTensorMode",
     "PassChain",
     "Previous",
     "UnsupportedTorchError",
     "add_pass",
     "compile_with_inductor",
     "compile_without_joint_passes",
+    "counters",
     "fake_mode_of",
     "functional_launch",
+    "is_traceable_wrapper_subclass",
     "launch_kernels_statically",
+    "make_fx",
+    "parse_schema",
     "real_tensors",
     "realize_kernel_inputs",
     "remove_pass",
     "restore_launches",
     "sort_topologically",
     "stored_number",
+    "trace_log",
+    "trace_structured",
 ]
 
 POST_GRAD = "post_grad_custom_post_pass"
 PRE_JOINT = "joint_custom_pre_pass"
+_TRITON_NODES = "torch._higher_order_ops.triton_kernel_wrap"
 _STATIC_LAUNCH = "static_launch_user_defined_triton_kernels"
-
-
-class UnsupportedTorchError(RuntimeError):
-    """The installed torch lacks something of Inductor that the package uses."""
-
-    def __init__(self, lacking: str) -> None:
-        super().__init__(f"fusion_pass works with torch 2.11 to 2.15, but in torch {torch.__version__} {lacking}")
 
 
 # Whether a pass slot of the config takes several passes: since torch 2.13.
@@ -83,7 +105,7 @@ def _is_inference_aware(graph_pass: Any) -> bool:
 
 def _chained(passes: Sequence[Any]) -> PassChain:
     """A chain that is told what any of its passes must be told."""
-    if not any(map(_is_inference_aware, passes)):
+    if _INFERENCE_AWARE is None or not any(map(_is_inference_aware, passes)):
         return PassChain(passes)
     return type("InferenceAwarePassChain", (PassChain, _INFERENCE_AWARE), {})(passes)  # type: ignore[no-any-return]
 
@@ -94,6 +116,14 @@ class Previous:
 
     everywhere: Any
     here: Any
+
+
+def _private(module: str, name: str) -> Any:
+    """What torch has by that name in a module that takes long to import."""
+    try:
+        return getattr(importlib.import_module(module), name)
+    except (ImportError, AttributeError) as error:
+        raise UnsupportedTorchError(f"{module}.{name}") from error
 
 
 def add_pass(slot: str, graph_pass: CustomGraphPass) -> Previous:
@@ -143,7 +173,8 @@ def _change(name: str, changed: Callable[[Any], Any]) -> Previous:
     """
     entry = _entry(name)
     before = Previous(entry.env_value_default, _assigned(entry))
-    here = _UNSET if before.here is _UNSET else changed(before.here)
+    # Leaving `config.patch` assigns what was there before, mostly None: that must not hide what other threads see.
+    here = _UNSET if before.here is _UNSET or before.here is None else changed(before.here)
     _write(name, Previous(changed(before.everywhere), here))
     return before
 
@@ -161,20 +192,18 @@ def _assigned(entry: Any) -> Any:
 
 def _entry(name: str) -> Any:
     """An entry of Inductor's config; torch 2.11 to 2.15 have all that is used of it."""
-    entry = config._config.get(name)
+    entry = config._config.get(name)  # type: ignore[attr-defined]
     for attribute in ("user_override", "env_value_default"):
         if not hasattr(entry, attribute):
-            raise UnsupportedTorchError(f"torch._inductor.config.{name} has no {attribute}")
+            raise UnsupportedTorchError(f"torch._inductor.config.{name} with a field {attribute}")
     return entry
 
 
 def realize_kernel_inputs(wanted: bool) -> None:
     """Have Inductor compute what a Triton kernel reads once, instead of anew for each kernel that reads it."""
-    from torch._higher_order_ops.triton_kernel_wrap import triton_kernel_wrapper_mutation
-    from torch._inductor.lowering import needs_realized_inputs
-
-    kernels: Any = needs_realized_inputs
-    (kernels.add if wanted else kernels.discard)(triton_kernel_wrapper_mutation)
+    kernels = _private("torch._inductor.lowering", "needs_realized_inputs")
+    mutation = _private(_TRITON_NODES, "triton_kernel_wrapper_mutation")
+    (kernels.add if wanted else kernels.discard)(mutation)
 
 
 def launch_kernels_statically() -> Previous:
@@ -206,8 +235,6 @@ def fake_mode_of(graph: fx.Graph) -> FakeTensorMode | contextlib.AbstractContext
 
 def real_tensors() -> contextlib.AbstractContextManager[Any]:
     """A context in which tensors are computed, even while a graph of fake ones is compiled."""
-    from torch.utils._python_dispatch import _disable_current_modes
-
     return _disable_current_modes()  # type: ignore[no-any-return]
 
 
@@ -224,16 +251,15 @@ def compile_without_joint_passes(
     gm: fx.GraphModule, inputs: Sequence[Any], compiler: Callable[[fx.GraphModule, Sequence[Any]], Callable[..., Any]]
 ) -> Callable[..., Any]:
     """AOTAutograd with Inductor's decompositions, each resulting graph given to ``compiler``: no codegen."""
-    from torch._dynamo.backends.common import aot_autograd
-    from torch._inductor.decomposition import select_decomp_table
+    aot_autograd = _private("torch._dynamo.backends.common", "aot_autograd")
+    decompositions = _private("torch._inductor.decomposition", "select_decomp_table")
+    make_boxed = _private("torch._functorch._aot_autograd.utils", "make_boxed_func")
 
     def boxed(graph: fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
-        from torch._functorch._aot_autograd.utils import make_boxed_func
-
-        return make_boxed_func(compiler(graph, example_inputs))  # type: ignore[no-any-return]
+        return make_boxed(compiler(graph, example_inputs))  # type: ignore[no-any-return]
 
     backend = aot_autograd(
-        fw_compiler=boxed, bw_compiler=boxed, inference_compiler=boxed, decompositions=select_decomp_table
+        fw_compiler=boxed, bw_compiler=boxed, inference_compiler=boxed, decompositions=decompositions
     )
     return backend(gm, inputs)  # type: ignore[no-any-return]
 
@@ -248,9 +274,9 @@ def compile_with_inductor(
 
     A backward graph is compiled when it first runs, long after this has returned.
     """
-    from torch._inductor.compile_fx import compile_fx, compile_fx_inner
-
-    return compile_fx(gm, inputs, inner_compile=around(compile_fx_inner), config_patches=options)  # type: ignore[no-any-return]
+    compile_fx = _private("torch._inductor.compile_fx", "compile_fx")
+    each_graph = around(_private("torch._inductor.compile_fx", "compile_fx_inner"))
+    return compile_fx(gm, inputs, inner_compile=each_graph, config_patches=options)  # type: ignore[no-any-return]
 
 
 class _Recorder:
@@ -272,8 +298,8 @@ def functional_launch(
     ``launch`` allocates what its kernels write, and returns the outputs; ``written`` names the arguments that a launch
     writes. ``torch.library.wrap_triton`` would have Inductor compile the kernel once more to find out.
     """
-    from torch._higher_order_ops.triton_kernel_wrap import kernel_side_table, triton_kernel_wrapper_functional
-
+    side_table = _private(_TRITON_NODES, "kernel_side_table")
+    functional = _private(_TRITON_NODES, "triton_kernel_wrapper_functional")
     launches: list[tuple[Any, Any, dict[str, Any]]] = []
     outputs = launch(lambda kernel: _Recorder(kernel, launches))
     # What a buffer has become: each functional node returns new ones.
@@ -282,9 +308,9 @@ def functional_launch(
         options = {name: arguments.pop(name) for name in ("num_warps", "num_stages") if name in arguments}
         buffers = {name: id(arguments[name]) for name in written(arguments)}
         arguments = {name: latest.get(id(value), value) for name, value in arguments.items()}
-        results = triton_kernel_wrapper_functional(
-            kernel_idx=kernel_side_table.add_kernel(_with_options(kernel, **options)),
-            constant_args_idx=kernel_side_table.add_constant_args({}),
+        results = functional(
+            kernel_idx=side_table.add_kernel(_with_options(kernel, **options)),
+            constant_args_idx=side_table.add_constant_args({}),
             grid=[tuple(grid)],
             tma_descriptor_metadata={},
             kwargs=arguments,

@@ -19,7 +19,7 @@ import spelled
 def _unregistered():
     yield
     fusion_pass.unregister()
-    assert getattr(config, inductor.POST_GRAD) is None
+    assert in_a_thread(getattr, config, inductor.POST_GRAD) is None
 
 
 def in_a_thread(fn, *args):
