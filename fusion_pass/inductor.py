@@ -36,6 +36,7 @@ try:
     from torch._logging._internal import trace_log, trace_structured
     from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
     from torch.fx.experimental.proxy_tensor import make_fx
+    from torch.fx.experimental.symbolic_shapes import guard_or_false as known
     from torch.utils._config_module import _UNSET_SENTINEL as _UNSET
     from torch.utils._python_dispatch import _disable_current_modes, is_traceable_wrapper_subclass
 except ImportError as error:
@@ -56,6 +57,7 @@ __all__ = [
     "fake_mode_of",
     "functional_launch",
     "is_traceable_wrapper_subclass",
+    "known",
     "launch_kernels_statically",
     "make_fx",
     "parse_schema",
