@@ -25,7 +25,7 @@ def x(device):
 @pytest.mark.parametrize("mode", [torch.inference_mode, torch.no_grad])
 def test_without_gradients(mode, model, x, backend, fused):
     with mode():
-        assert compare(torch.compile(model, backend=backend, fullgraph=True)(x), model(x)).equal
+        layers.assert_same([torch.compile(model, backend=backend, fullgraph=True)(x)], [model(x)])
     assert fused() == TWO_LAYERS
 
 
@@ -59,7 +59,7 @@ def test_a_graph_break_between_sites(model, x, backend, fused, graphs):
         torch._dynamo.graph_break()
         return model[1](x)
 
-    assert compare(torch.compile(fn, backend=backend)(x), fn(x)).equal
+    layers.assert_same([torch.compile(fn, backend=backend)(x)], [fn(x)])
     assert graphs() == 2
     assert fused() == {"rms_norm_per_token": 2, "silu_mul_per_token": 2}
 
@@ -70,7 +70,7 @@ def test_a_compiled_function_calls_another(model, x, backend, fused, graphs):
     def fn(x):
         return model[1](inner(x))
 
-    assert compare(torch.compile(fn, backend=backend)(x), model(x)).equal
+    layers.assert_same([torch.compile(fn, backend=backend)(x)], [model(x)])
     assert graphs() == 1
     assert fused() == TWO_LAYERS
 
@@ -81,7 +81,7 @@ def test_layers_compiled_one_by_one(x, device, backend, fused, graphs):
     expected = model(x)
     for layer in model:
         layer.compile(backend=backend, fullgraph=True)
-    assert compare(model(x), expected).equal
+    layers.assert_same([model(x)], [expected])
     assert graphs() == 1
     assert fused() == EACH_LAYER
 

@@ -74,9 +74,9 @@ def test_training_replays(fused):
             for fn in (compiled, model):
                 model.zero_grad()
                 torch.compiler.cudagraph_mark_step_begin()
-                fn(x).float().square().sum().backward()
+                fn(x).float().sum().backward()
                 gradients.append([parameter.grad.clone() for parameter in model.parameters()])
-            torch.testing.assert_close(*gradients, rtol=0.02, atol=0.02)
+            layers.assert_same(*gradients)
     assert fused() == {**TWO_LAYERS, "quant_per_token": 4}
 
 

@@ -4,8 +4,6 @@ import pytest
 import torch
 from torch.utils.checkpoint import checkpoint
 
-from fusion_pass.testing import compare
-
 import layers
 import spelled
 
@@ -25,43 +23,36 @@ def model(device):
 
 
 def step(fn, model, device):
-    """The output, the gradient of the input and those of the parameters."""
+    """The output, the gradients of the input and of the parameters."""
     torch.manual_seed(1)
     x = spelled.exact_rows(5, layers.WIDTH, device=device).requires_grad_()
     model.zero_grad()
     y = fn(x)
-    y.float().square().sum().backward()
+    y.float().sum().backward()
     return [y.detach(), x.grad, *(parameter.grad for parameter in model.parameters())]
 
 
-def assert_same_step(fn, eager, model, device):
-    """Bit for bit where the rest of the graph runs as in eager; Inductor's own kernels round the norm's gradient elsewhere."""
-    actual, expected = step(fn, model, device), step(eager, model, device)
-    if device == "cpu":
-        assert compare(actual, expected).equal
-    else:
-        torch.testing.assert_close(actual, expected, rtol=0.02, atol=0.02)
-
-
 def test_forward_and_backward_fuse(model, device, backend, fused):
-    assert_same_step(torch.compile(model, backend=backend, fullgraph=True), model, model, device)
+    layers.assert_same(
+        step(torch.compile(model, backend=backend, fullgraph=True), model, device), step(model, model, device)
+    )
     assert fused() == {**FORWARD, **BACKWARD}
 
 
-def test_a_checkpointed_layer_fuses_where_it_is_recomputed(model, device, backend, fused):
+def test_a_checkpointed_layer_fuses(model, device, backend, fused):
     def fn(x):
         return model[1](checkpoint(model[0], x, use_reentrant=False))
 
-    assert_same_step(torch.compile(fn, backend=backend, fullgraph=True), fn, model, device)
-    recomputed = fused()
-    assert recomputed["quant_per_token"] == 4
-    # In the backward pass, too, up to what it needs.
-    assert recomputed["rms_norm_per_token"] == 2
+    layers.assert_same(step(torch.compile(fn, backend=backend, fullgraph=True), model, device), step(fn, model, device))
+    counted = fused()
+    # Since torch 2.12 the backward pass recomputes the norm and its quantization, before that what follows them.
+    assert counted.pop("rms_norm_per_token") in (1, 2)
+    assert counted == {"add_rms_norm_per_token": 1, "silu_mul_per_token": 2, **BACKWARD}
 
 
 def test_layers_compiled_one_by_one(model, device, backend, fused, graphs):
     compiled = [torch.compile(layer, backend=backend, fullgraph=True) for layer in model]
-    assert_same_step(lambda x: compiled[1](compiled[0](x)), model, model, device)
+    layers.assert_same(step(lambda x: compiled[1](compiled[0](x)), model, device), step(model, model, device))
     assert fused() == {"rms_norm_per_token": 1, "silu_mul_per_token": 1, "quant_per_token": 2}
 
 
@@ -74,8 +65,5 @@ def test_rows_of_any_number(model, device, backend, graphs):
         for fn in (compiled, model):
             y = fn(x.requires_grad_())
             results.append([y.detach(), *torch.autograd.grad(y.float().sum(), x)])
-        if device == "cpu":
-            assert compare(*results).equal
-        else:
-            torch.testing.assert_close(*results, rtol=0.02, atol=0.02)
+        layers.assert_same(*results)
     assert graphs() == 1
