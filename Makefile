@@ -5,7 +5,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: demo test check format types lint clean
+.PHONY: demo test matrix check format types lint clean
 
 demo: $(READY)
 	$(BIN)/python examples/llama_fp8.py
@@ -13,6 +13,11 @@ demo: $(READY)
 test: $(READY)
 	$(BIN)/python -m pytest
 	TRITON_INTERPRET=0 $(BIN)/python -m pytest tests/lowering
+
+# The tests with every torch that is supported, each in an environment of its own (5 GB, under build/), and a table of
+# their outcome. ARGS: see `python tests/matrix.py --help`.
+matrix:
+	$(PYTHON) tests/matrix.py $(ARGS)
 
 check: lint types
 

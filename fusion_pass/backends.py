@@ -18,12 +18,11 @@ def fusion_pass(gm: fx.GraphModule, inputs: Sequence[Any], **options: Any) -> Ca
     Args:
         options: as ``torch.compile``'s for Inductor.
     """
-    from torch._inductor.compile_fx import compile_fx, compile_fx_inner
+    from . import inductor
 
-    # Backward graphs are compiled later, when this has returned.
-    inner = registration.enabled(registration.DEVICES)(compile_fx_inner)
     with registration.enabled(registration.DEVICES):
-        return compile_fx(gm, inputs, inner, config_patches=options.get("options"))  # type: ignore[no-any-return, return-value]
+        each_graph = registration.enabled(registration.DEVICES)
+        return inductor.compile_with_inductor(gm, inputs, options.get("options"), around=each_graph)
 
 
 def fusion_pass_eager(gm: fx.GraphModule, inputs: Sequence[Any], **_: Any) -> Callable[..., Any]:
@@ -48,10 +47,12 @@ def collecting(
     from . import fake_device, graph_pass, inductor
 
     def compiler(gm: fx.GraphModule, _: Sequence[Any]) -> Callable[..., Any]:
-        subject = gm if pretend is None else fake_device.relabelled(gm, pretend)
-        report.extend(graph_pass.run(subject.graph, devices, strict=strict))
-        subject.graph.lint()
-        gm.recompile()
+        # Its branches and regions are graphs of their own.
+        for module in [m for m in gm.modules() if isinstance(m, fx.GraphModule)]:
+            subject = module if pretend is None else fake_device.relabelled(module, pretend)
+            report.extend(graph_pass.run(subject.graph, devices, strict=strict))
+            subject.graph.lint()
+            module.recompile()
         return torch.no_grad()(gm.forward)  # type: ignore[no-any-return]
 
     return lambda gm, inputs: inductor.compile_without_joint_passes(gm, inputs, compiler)

@@ -8,9 +8,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from torch import fx
-from torch._logging._internal import trace_structured
 
 from . import settings
+from .inductor import trace_log, trace_structured
 from .page import page
 from .sites import Report
 from .traffic import Traffic, of_graph
@@ -44,8 +44,6 @@ def _without_source_comments(code: str) -> str:
 
 
 def _tracing() -> bool:
-    from torch._logging._internal import trace_log
-
     return bool(trace_log.handlers)
 
 

@@ -6,11 +6,11 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils import _pytree as pytree
 
 from .backends import collecting
 from .fake_device import without_data
+from .inductor import FakeTensorMode
 from .sites import Report
 
 

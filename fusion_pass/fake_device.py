@@ -11,7 +11,6 @@ from typing import Any
 import torch
 from torch import fx
 from torch.utils import _pytree as pytree
-from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from . import inductor
 
@@ -20,7 +19,7 @@ def without_data(value: Any) -> Any:
     """In a fake mode, a twin of a tensor with its shape, strides, dtype, device and subclass; other values as they are."""
     if not isinstance(value, torch.Tensor):
         return value
-    if is_traceable_wrapper_subclass(value):
+    if inductor.is_traceable_wrapper_subclass(value):
         names, context = value.__tensor_flatten__()
         inner = {name: without_data(getattr(value, name)) for name in names}
         twin = type(value).__tensor_unflatten__(inner, context, value.shape, value.stride())

@@ -17,7 +17,7 @@ from torch import fx
 
 from . import debug, rounding, settings
 from .failures import ExpectedError, FusionPassError, Undo, contained, during, tell
-from .inductor import CustomGraphPass
+from .inductor import CustomGraphPass, counters
 from .lower import lower
 from .patterns import op_table
 from .plan import plan
@@ -106,8 +106,6 @@ def _limit(report: Report, limit: int) -> None:
 
 
 def _count(report: Report) -> None:
-    from torch._dynamo.utils import counters
-
     global _applied
     _applied += len(report.fused)
     for site in report.fused:
@@ -119,33 +117,17 @@ def _count(report: Report) -> None:
 
 
 class _InstalledPass(CustomGraphPass):  # type: ignore[misc]
-    """A pass that stands in the config.
+    """A pass that stands in the config; devices and strict as :func:`fusion_pass.register` takes them."""
 
-    Attributes:
-        active: whether it does anything. Unregistering reaches the config of the thread that does it; a thread that has
-            the pass in a config of its own keeps one that is not active.
-        devices, strict: as :func:`fusion_pass.register` takes them.
-    """
-
-    def __init__(self, devices: Collection[str] = (), strict: bool = False) -> None:
-        self.active = True
-        self.configure(devices, strict)
-
-    def configure(self, devices: Collection[str], strict: bool) -> None:
+    def __init__(self, devices: Collection[str], strict: bool) -> None:
         self.devices = tuple(sorted(devices))
         self.strict = strict
-
-    def __deepcopy__(self, memo: Any) -> _InstalledPass:
-        # A thread that first reads a setting gets a copy of its default: it must be the pass that is switched off.
-        return self
 
 
 class FusionPass(_InstalledPass):
     """The pass as Inductor calls it on every post-grad graph."""
 
     def __call__(self, graph: fx.Graph) -> None:
-        if not self.active:
-            return
         with contained(graph, strict=self.strict) as undo, during("show roundings"):
             undo.remember()
             rounding.show(graph)
@@ -154,8 +136,6 @@ class FusionPass(_InstalledPass):
     def uuid(self) -> Any:
         # None bypasses Inductor's cache: a registered op whose source cannot be found may change unseen, and which sites
         # of a graph a limit leaves depends on the graphs before it.
-        if not self.active:
-            return "fusion_pass is off"
         if settings.limit() is not None:
             return None
         try:
@@ -173,14 +153,12 @@ class RoundingGuard(_InstalledPass):
     """Hides rounding points from Inductor's joint-graph passes; :class:`FusionPass` shows them again."""
 
     def __call__(self, graph: fx.Graph) -> None:
-        if not self.active:
-            return
         with contained(graph, strict=self.strict) as undo, during("hide roundings"):
             undo.remember()
             rounding.hide(graph)
 
     def uuid(self) -> Any:
-        return ("fusion_pass.rounding", source_hash()) if self.active else "fusion_pass.rounding is off"
+        return ("fusion_pass.rounding", source_hash())
 
 
 @cache

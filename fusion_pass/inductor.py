@@ -1,48 +1,90 @@
-"""Every private API of Inductor and AOTAutograd that the package uses, in one place.
+"""Every private API of torch that the package uses, in one place: Inductor's, AOTAutograd's, Dynamo's and the tracer's.
 
-What each needs of a torch version is said here, so that a new release is checked against this file alone.
+What each needs of a torch version is said here, so that a new release is checked against this file alone. What a version
+lacks is named by :class:`UnsupportedTorchError`.
 """
 
 from __future__ import annotations
 
 import contextlib
+import importlib
 from collections.abc import Callable, Sequence
 from contextvars import ContextVar
+from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
 import torch
 from torch import fx
-from torch._inductor import config
-from torch._inductor.custom_graph_pass import CustomGraphPass
-from torch._inductor.pattern_matcher import stable_topological_sort
-from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+
+
+class UnsupportedTorchError(RuntimeError):
+    """The installed torch lacks something private that the package uses."""
+
+    def __init__(self, lacking: object) -> None:
+        super().__init__(
+            f"fusion_pass is tested with torch 2.11 to 2.15; the installed torch {torch.__version__} lacks what it uses: {lacking}"
+        )
+
+
+try:
+    from torch._C import parse_schema
+    from torch._dynamo.utils import counters
+    from torch._inductor import config, custom_graph_pass
+    from torch._inductor.custom_graph_pass import CustomGraphPass
+    from torch._inductor.pattern_matcher import stable_topological_sort
+    from torch._logging._internal import trace_log, trace_structured
+    from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+    from torch.fx.experimental.proxy_tensor import make_fx
+    from torch.fx.experimental.symbolic_shapes import guard_or_false as known
+    from torch.utils._config_module import _UNSET_SENTINEL as _UNSET
+    from torch.utils._python_dispatch import _disable_current_modes, is_traceable_wrapper_subclass
+except ImportError as error:
+    raise UnsupportedTorchError(error) from error
 
 __all__ = [
     "POST_GRAD",
     "PRE_JOINT",
     "CustomGraphPass",
+    "FakeTensorMode",
     "PassChain",
+    "Previous",
+    "UnsupportedTorchError",
     "add_pass",
+    "compile_with_inductor",
     "compile_without_joint_passes",
+    "counters",
     "fake_mode_of",
     "functional_launch",
-    "has_pass",
+    "is_traceable_wrapper_subclass",
+    "known",
     "launch_kernels_statically",
+    "make_fx",
+    "parse_schema",
     "real_tensors",
     "realize_kernel_inputs",
     "remove_pass",
-    "share_with_threads",
+    "restore_launches",
     "sort_topologically",
     "stored_number",
+    "trace_log",
+    "trace_structured",
 ]
 
 POST_GRAD = "post_grad_custom_post_pass"
 PRE_JOINT = "joint_custom_pre_pass"
+_TRITON_NODES = "torch._higher_order_ops.triton_kernel_wrap"
+_STATIC_LAUNCH = "static_launch_user_defined_triton_kernels"
+
+
+# Whether a pass slot of the config takes several passes: since torch 2.13.
+_TAKES_LISTS = hasattr(custom_graph_pass, "get_custom_graph_passes")
+# Passes that are told whether the graph is one of inference: since torch 2.12.
+_INFERENCE_AWARE = getattr(custom_graph_pass, "CustomInferenceAwareGraphPass", None)
 
 
 class PassChain(CustomGraphPass):  # type: ignore[misc]
-    """Several passes in the one slot of the config; before torch 2.13 it takes no list.
+    """Several passes in a slot of the config that takes one.
 
     Its uuid combines those of its passes, and is None (Inductor then bypasses its cache) if any has none.
     """
@@ -50,92 +92,135 @@ class PassChain(CustomGraphPass):  # type: ignore[misc]
     def __init__(self, passes: Sequence[Any]) -> None:
         self.passes = tuple(passes)
 
-    def __call__(self, graph: fx.Graph) -> None:
+    def __call__(self, graph: fx.Graph, **told: bool) -> None:
         for graph_pass in self.passes:
-            graph_pass(graph)
+            graph_pass(graph, **(told if _is_inference_aware(graph_pass) else {}))
 
     def uuid(self) -> Any | None:
         uuids = [p.uuid() if isinstance(p, CustomGraphPass) else None for p in self.passes]
         return None if None in uuids else tuple(uuids)
 
 
-def add_pass(slot: str, graph_pass: CustomGraphPass) -> Any:
-    """Append a pass to a config slot, keeping those installed, and return what the slot held."""
-    before = getattr(config, slot)
-    if before is None:
-        after: Any = graph_pass
-    elif isinstance(before, (list, tuple)):
-        after = [*before, graph_pass]
-    else:
-        after = PassChain([before, graph_pass])
-    setattr(config, slot, after)
-    return before
+def _is_inference_aware(graph_pass: Any) -> bool:
+    return _INFERENCE_AWARE is not None and isinstance(graph_pass, _INFERENCE_AWARE)
 
 
-def has_pass(slot: str, graph_pass: CustomGraphPass) -> bool:
-    current = getattr(config, slot)
-    passes = current.passes if isinstance(current, PassChain) else current
-    return graph_pass is current or (isinstance(passes, (list, tuple)) and graph_pass in passes)
+def _chained(passes: Sequence[Any]) -> PassChain:
+    """A chain that is told what any of its passes must be told."""
+    if _INFERENCE_AWARE is None or not any(map(_is_inference_aware, passes)):
+        return PassChain(passes)
+    return type("InferenceAwarePassChain", (PassChain, _INFERENCE_AWARE), {})(passes)  # type: ignore[no-any-return]
 
 
-def share_with_threads(name: str, value: Any) -> Callable[[], None]:
-    """Have threads with no setting of their own see ``value``; returns what undoes that.
+@dataclass(frozen=True)
+class Previous:
+    """What an entry of the config was: for every thread, and as this thread had assigned it."""
 
-    From torch 2.12 on, setting a field of the config reaches the thread that does it alone. A default that someone else
-    has put there is left.
-    """
-    entry = getattr(config, "_config", {}).get(name)
-    if entry is None or not isinstance(getattr(entry, "user_override", None), ContextVar):
-        return lambda: None
-    before = entry.default
-    if before is not None and not isinstance(before, bool):
-        return lambda: None
-    entry.default = value
-
-    def undo() -> None:
-        if entry.default is value:
-            entry.default = before
-
-    return undo
+    everywhere: Any
+    here: Any
 
 
-def remove_pass(slot: str, graph_pass: CustomGraphPass, before: Any) -> None:
+def _private(module: str, name: str) -> Any:
+    """What torch has by that name in a module that takes long to import."""
+    try:
+        return getattr(importlib.import_module(module), name)
+    except (ImportError, AttributeError) as error:
+        raise UnsupportedTorchError(f"{module}.{name}") from error
+
+
+def add_pass(slot: str, graph_pass: CustomGraphPass) -> Previous:
+    """Append a pass to a config slot for all threads, keeping those installed, and return what the slot held."""
+
+    def appended(passes: Any) -> Any:
+        together = [*_listed(passes), graph_pass]
+        if len(together) == 1:
+            return graph_pass
+        return together if _TAKES_LISTS else _chained(together)
+
+    return _change(slot, appended)
+
+
+def remove_pass(slot: str, graph_pass: CustomGraphPass, before: Previous) -> None:
     """Undo :func:`add_pass`: restore ``before``, unless others have changed the slot since; then take out ours alone."""
-    current = getattr(config, slot)
-    setattr(config, slot, _without(current, graph_pass, before))
+    entry = _entry(slot)
+    everywhere = _without(entry.env_value_default, graph_pass, before.everywhere)
+    _write(slot, Previous(everywhere, _without(_assigned(entry), graph_pass, before.here)))
 
 
 def _without(current: Any, graph_pass: CustomGraphPass, before: Any) -> Any:
-    if current is graph_pass:
+    passes = _listed(current)
+    if graph_pass not in passes:
+        return current
+    rest = [p for p in passes if p is not graph_pass]
+    if rest == _listed(before):
         return before
-    if isinstance(current, PassChain) and graph_pass in current.passes:
-        rest = [p for p in current.passes if p is not graph_pass]
-        return rest[0] if len(rest) == 1 else PassChain(rest)
-    if isinstance(current, (list, tuple)) and graph_pass in current:
-        rest = [p for p in current if p is not graph_pass]
-        return before if isinstance(before, (list, tuple)) and rest == list(before) else type(current)(rest)
-    return current
+    if isinstance(current, (list, tuple)):
+        return type(current)(rest) if rest else None
+    return _chained(rest) if len(rest) > 1 else rest[0] if rest else None
+
+
+def _listed(passes: Any) -> list[Any]:
+    if passes is None or passes is _UNSET:
+        return []
+    if isinstance(passes, PassChain):
+        return list(passes.passes)
+    return list(passes) if isinstance(passes, (list, tuple)) else [passes]
+
+
+def _change(name: str, changed: Callable[[Any], Any]) -> Previous:
+    """Change an entry of Inductor's config for all threads, and return what it was.
+
+    Since torch 2.12 an assignment is seen by its own thread alone; but worker threads compile too, and autograd's
+    threads compile backward graphs. What an environment variable says is seen by all, where nothing is assigned.
+    """
+    entry = _entry(name)
+    before = Previous(entry.env_value_default, _assigned(entry))
+    # Leaving `config.patch` assigns what was there before, mostly None: that must not hide what other threads see.
+    here = _UNSET if before.here is _UNSET or before.here is None else changed(before.here)
+    _write(name, Previous(changed(before.everywhere), here))
+    return before
+
+
+def _write(name: str, value: Previous) -> None:
+    _entry(name).env_value_default = value.everywhere
+    # Assigned even if it is nothing: the config then knows that what it has cached is stale.
+    setattr(config, name, value.here)
+
+
+def _assigned(entry: Any) -> Any:
+    override = entry.user_override
+    return override.get() if isinstance(override, ContextVar) else override
+
+
+def _entry(name: str) -> Any:
+    """An entry of Inductor's config; torch 2.11 to 2.15 have all that is used of it."""
+    entry = config._config.get(name)  # type: ignore[attr-defined]
+    for attribute in ("user_override", "env_value_default"):
+        if not hasattr(entry, attribute):
+            raise UnsupportedTorchError(f"torch._inductor.config.{name} with a field {attribute}")
+    return entry
 
 
 def realize_kernel_inputs(wanted: bool) -> bool:
     """Whether Inductor computes what a Triton kernel reads once, not anew for each that reads it; returns what was."""
-    from torch._higher_order_ops.triton_kernel_wrap import triton_kernel_wrapper_mutation
-    from torch._inductor.lowering import needs_realized_inputs
-
-    kernels: Any = needs_realized_inputs
-    before = triton_kernel_wrapper_mutation in kernels
-    (kernels.add if wanted else kernels.discard)(triton_kernel_wrapper_mutation)
+    kernels = _private("torch._inductor.lowering", "needs_realized_inputs")
+    mutation = _private(_TRITON_NODES, "triton_kernel_wrapper_mutation")
+    before = mutation in kernels
+    (kernels.add if wanted else kernels.discard)(mutation)
     return before
 
 
-def launch_kernels_statically(wanted: bool) -> bool:
-    """Whether Inductor's own fast launcher also launches users' Triton kernels; returns what the setting was.
+def launch_kernels_statically() -> Previous:
+    """Have Inductor's own fast launcher also launch users' Triton kernels; returns what the setting was.
 
     Without it a fused kernel costs about 5 µs more of host time than a kernel of Inductor's.
     """
-    before = bool(config.static_launch_user_defined_triton_kernels)
-    config.static_launch_user_defined_triton_kernels = wanted
-    return before
+    return _change(_STATIC_LAUNCH, lambda _: True)
+
+
+def restore_launches(before: Previous) -> None:
+    """Undo :func:`launch_kernels_statically`."""
+    _write(_STATIC_LAUNCH, before)
 
 
 def sort_topologically(graph: fx.Graph) -> None:
@@ -154,8 +239,6 @@ def fake_mode_of(graph: fx.Graph) -> FakeTensorMode | contextlib.AbstractContext
 
 def real_tensors() -> contextlib.AbstractContextManager[Any]:
     """A context in which tensors are computed, even while a graph of fake ones is compiled."""
-    from torch.utils._python_dispatch import _disable_current_modes
-
     return _disable_current_modes()  # type: ignore[no-any-return]
 
 
@@ -172,18 +255,32 @@ def compile_without_joint_passes(
     gm: fx.GraphModule, inputs: Sequence[Any], compiler: Callable[[fx.GraphModule, Sequence[Any]], Callable[..., Any]]
 ) -> Callable[..., Any]:
     """AOTAutograd with Inductor's decompositions, each resulting graph given to ``compiler``: no codegen."""
-    from torch._dynamo.backends.common import aot_autograd
-    from torch._inductor.decomposition import select_decomp_table
+    aot_autograd = _private("torch._dynamo.backends.common", "aot_autograd")
+    decompositions = _private("torch._inductor.decomposition", "select_decomp_table")
+    make_boxed = _private("torch._functorch._aot_autograd.utils", "make_boxed_func")
 
     def boxed(graph: fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
-        from torch._functorch._aot_autograd.utils import make_boxed_func
-
-        return make_boxed_func(compiler(graph, example_inputs))  # type: ignore[no-any-return]
+        return make_boxed(compiler(graph, example_inputs))  # type: ignore[no-any-return]
 
     backend = aot_autograd(
-        fw_compiler=boxed, bw_compiler=boxed, inference_compiler=boxed, decompositions=select_decomp_table
+        fw_compiler=boxed, bw_compiler=boxed, inference_compiler=boxed, decompositions=decompositions
     )
     return backend(gm, inputs)  # type: ignore[no-any-return]
+
+
+def compile_with_inductor(
+    gm: fx.GraphModule,
+    inputs: Sequence[Any],
+    options: dict[str, Any] | None,
+    around: contextlib.ContextDecorator,
+) -> Callable[..., Any]:
+    """Inductor as a backend of torch.compile, each graph compiled within ``around``.
+
+    A backward graph is compiled when it first runs, long after this has returned.
+    """
+    compile_fx = _private("torch._inductor.compile_fx", "compile_fx")
+    each_graph = around(_private("torch._inductor.compile_fx", "compile_fx_inner"))
+    return compile_fx(gm, inputs, inner_compile=each_graph, config_patches=options)  # type: ignore[no-any-return]
 
 
 class _Recorder:
@@ -205,8 +302,8 @@ def functional_launch(
     ``launch`` allocates what its kernels write, and returns the outputs; ``written`` names the arguments that a launch
     writes. ``torch.library.wrap_triton`` would have Inductor compile the kernel once more to find out.
     """
-    from torch._higher_order_ops.triton_kernel_wrap import kernel_side_table, triton_kernel_wrapper_functional
-
+    side_table = _private(_TRITON_NODES, "kernel_side_table")
+    functional = _private(_TRITON_NODES, "triton_kernel_wrapper_functional")
     launches: list[tuple[Any, Any, dict[str, Any]]] = []
     outputs = launch(lambda kernel: _Recorder(kernel, launches))
     # What a buffer has become: each functional node returns new ones.
@@ -215,9 +312,9 @@ def functional_launch(
         options = {name: arguments.pop(name) for name in ("num_warps", "num_stages") if name in arguments}
         buffers = {name: id(arguments[name]) for name in written(arguments)}
         arguments = {name: latest.get(id(value), value) for name, value in arguments.items()}
-        results = triton_kernel_wrapper_functional(
-            kernel_idx=kernel_side_table.add_kernel(_with_options(kernel, **options)),
-            constant_args_idx=kernel_side_table.add_constant_args({}),
+        results = functional(
+            kernel_idx=side_table.add_kernel(_with_options(kernel, **options)),
+            constant_args_idx=side_table.add_constant_args({}),
             grid=[tuple(grid)],
             tma_descriptor_metadata={},
             kwargs=arguments,

@@ -55,8 +55,6 @@ def _meta(node: fx.Node | None) -> Any:
 
 def _trace(graph: fx.Graph, spec: FusedSpec, inputs: Sequence[fx.Node | None]) -> fx.GraphModule:
     """The launch as a graph of allocations and functional kernel nodes, over the inputs that are present."""
-    from torch.fx.experimental.proxy_tensor import make_fx
-
     values = [n.meta["val"] for n in inputs if n is not None]
 
     def run(*present: torch.Tensor) -> list[torch.Tensor]:
@@ -70,7 +68,7 @@ def _trace(graph: fx.Graph, spec: FusedSpec, inputs: Sequence[fx.Node | None]) -
         return finish(spec, buffers)
 
     with inductor.fake_mode_of(graph):
-        module = make_fx(run)(*values)
+        module = inductor.make_fx(run)(*values)
     module.graph.eliminate_dead_code()
     return module  # type: ignore[no-any-return]
 

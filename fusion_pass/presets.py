@@ -216,8 +216,8 @@ def fused_rms_fp8_group_quant(
     )
     codes, scale, *rest = torch.ops.fusion_pass.rms_norm_quant(inp1, res1, inp1_weight, None, spec.encode())
     # The op returns the sum before the value.
-    total = rest.pop(0) if res1 is not None else None
-    value = rest.pop(0) if output_unquantized_inp1 else None
+    total = rest[0] if res1 is not None else None
+    value = rest[-1] if output_unquantized_inp1 else None
     second = None
     if inp2 is not None and inp2_weight is not None and inp2_epsilon is not None:
         second = _normed(inp2, inp2_weight, inp2_epsilon)

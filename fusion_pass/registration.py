@@ -4,37 +4,31 @@ from __future__ import annotations
 
 import contextlib
 import threading
-from collections.abc import Callable, Iterator, Sequence
-from contextvars import ContextVar
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 DEVICES = ("cuda", "cpu")
-_STATIC_LAUNCH = "static_launch_user_defined_triton_kernels"
+
+_lock = threading.RLock()
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(eq=False)
 class _Options:
     devices: tuple[str, ...]
     strict: bool
 
 
-_lock = threading.RLock()
-_registered: _Options | None = None
-# The blocks of `enabled` that are open, in whatever thread; the latest one's options hold.
+# What `register` was given, if anything, and each open `enabled`, in whatever threads; the last one's options hold.
+_registered: list[_Options] = []
 _scopes: list[_Options] = []
-# One pass for each slot, ever: a thread may keep it in its own config, where it is switched off and on again.
-_passes: dict[str, Any] = {}
-# What restores what is the same for all threads; empty while the pass is out of the config.
-_undo: list[Callable[[], Any]] = []
-# What the slots of this thread's config held.
-_found: ContextVar[dict[str, Any] | None] = ContextVar("fusion_pass_found", default=None)
+_undo = contextlib.ExitStack()
 
 
 def register(devices: Sequence[str] = ("cuda",), strict: bool = False) -> None:
-    """Fuse quantization sites in everything that ``torch.compile`` compiles with Inductor from now on, in any thread.
+    """Fuse quantization sites in everything that ``torch.compile`` compiles with Inductor from now on.
 
-    Passes that are already installed are kept and run first. Calling again with other arguments replaces the options.
+    It holds for every thread. Passes that are already installed are kept and run first. Calling again with other
+    arguments replaces the options.
 
     Args:
         devices: device types whose graphs are rewritten: "cuda", "cpu". A CPU graph keeps the fused ops as calls, which
@@ -46,42 +40,13 @@ def register(devices: Sequence[str] = ("cuda",), strict: bool = False) -> None:
     Raises:
         ValueError: ``devices`` is empty or names a device type that is not supported.
     """
-    global _registered
-    options = _options(devices, strict)
+    options = _checked(devices, strict)
     with _lock:
-        _registered = options
-        _apply()
+        _registered[:] = [options]
+        _install()
 
 
-def unregister() -> None:
-    """Take the pass out of Inductor's config, which is then as :func:`register` found it. Does nothing if not registered."""
-    global _registered
-    with _lock:
-        _registered = None
-        _apply()
-
-
-def is_registered() -> bool:
-    with _lock:
-        return _in_force() is not None
-
-
-@contextlib.contextmanager
-def enabled(devices: Sequence[str] = ("cuda",), strict: bool = False) -> Iterator[None]:
-    """:func:`register` for the duration of a ``with`` block; an earlier registration is restored after it."""
-    options = _options(devices, strict)
-    with _lock:
-        _scopes.append(options)
-        _apply()
-    try:
-        yield
-    finally:
-        with _lock:
-            _scopes.remove(options)
-            _apply()
-
-
-def _options(devices: Sequence[str], strict: bool) -> _Options:
+def _checked(devices: Sequence[str], strict: bool) -> _Options:
     devices = (devices,) if isinstance(devices, str) else tuple(devices)
     unknown = sorted(set(devices) - set(DEVICES))
     if unknown or not devices:
@@ -89,48 +54,47 @@ def _options(devices: Sequence[str], strict: bool) -> _Options:
     return _Options(devices, strict)
 
 
-def _in_force() -> _Options | None:
-    return _scopes[-1] if _scopes else _registered
-
-
-def _apply() -> None:
-    options = _in_force()
-    if options is not None:
-        _install(options)
-    elif _undo:
-        _remove()
-
-
-def _install(options: _Options) -> None:
+def _install() -> None:
+    """Have Inductor's config hold the passes of the last options, or none."""
     from . import inductor
     from .graph_pass import FusionPass, RoundingGuard
 
-    if not _passes:
-        _passes[inductor.PRE_JOINT] = RoundingGuard()
-        _passes[inductor.POST_GRAD] = FusionPass()
-    found = dict(_found.get() or {})
-    for slot, graph_pass in _passes.items():
-        graph_pass.configure(options.devices, options.strict)
-        graph_pass.active = True
-        if not inductor.has_pass(slot, graph_pass):
-            found[slot] = inductor.add_pass(slot, graph_pass)
-    _found.set(found)
-    if not _undo:
-        realized = inductor.realize_kernel_inputs(True)
-        launched = inductor.launch_kernels_statically(True)
-        _undo.append(lambda: inductor.realize_kernel_inputs(realized))
-        _undo.append(lambda: inductor.launch_kernels_statically(launched))
-        shared: dict[str, Any] = {**_passes, _STATIC_LAUNCH: True}
-        _undo.extend(inductor.share_with_threads(name, value) for name, value in shared.items())
+    _undo.close()
+    if not (wanted := [*_registered, *_scopes]):
+        return
+    options = wanted[-1]
+    for slot, graph_pass in (
+        (inductor.PRE_JOINT, RoundingGuard(options.devices, options.strict)),
+        (inductor.POST_GRAD, FusionPass(options.devices, options.strict)),
+    ):
+        _undo.callback(inductor.remove_pass, slot, graph_pass, inductor.add_pass(slot, graph_pass))
+    _undo.callback(inductor.realize_kernel_inputs, inductor.realize_kernel_inputs(True))
+    _undo.callback(inductor.restore_launches, inductor.launch_kernels_statically())
 
 
-def _remove() -> None:
-    from . import inductor
+def unregister() -> None:
+    """Take the pass out of Inductor's config, which is then as :func:`register` found it. Does nothing if not registered."""
+    with _lock:
+        if _registered:
+            _registered.clear()
+            _install()
 
-    while _undo:
-        _undo.pop()()
-    found = _found.get() or {}
-    _found.set(None)
-    for slot, graph_pass in _passes.items():
-        graph_pass.active = False
-        inductor.remove_pass(slot, graph_pass, found.get(slot))
+
+def is_registered() -> bool:
+    with _lock:
+        return bool(_registered or _scopes)
+
+
+@contextlib.contextmanager
+def enabled(devices: Sequence[str] = ("cuda",), strict: bool = False) -> Iterator[None]:
+    """:func:`register` for the duration of a ``with`` block; an earlier registration is restored after it."""
+    options = _checked(devices, strict)
+    with _lock:
+        _scopes.append(options)
+        _install()
+    try:
+        yield
+    finally:
+        with _lock:
+            _scopes.remove(options)
+            _install()

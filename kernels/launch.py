@@ -14,6 +14,7 @@ import triton
 
 from fusion_pass.addresses import allocated, has_padding
 from fusion_pass.eager import overflow_code
+from fusion_pass.inductor import known
 from fusion_pass.specs import (
     DTYPE_NAMES,
     FusedSpec,
@@ -283,9 +284,10 @@ def rows_of(x: torch.Tensor) -> tuple[torch.Tensor, int]:
 
     Where no copy is needed x itself is returned, not a view: Inductor computes an unrealised input anew for each view.
     """
-    # A dim of one has any stride, also in a tensor that counts as contiguous, and separates no rows.
-    dims = [(size, stride) for size, stride in zip(x.shape[:-1], x.stride()[:-1], strict=True) if size != 1]
-    even = all(outer[1] == inner[0] * inner[1] for outer, inner in itertools.pairwise(dims))
+    # A dim of one has any stride, also in a tensor that counts as contiguous, and separates no rows. What an unbacked
+    # size will be is not known: if it is one after all, there is no other row to find.
+    dims = [(size, stride) for size, stride in zip(x.shape[:-1], x.stride()[:-1], strict=True) if not known(size == 1)]
+    even = all(known(outer[1] == inner[0] * inner[1]) for outer, inner in itertools.pairwise(dims))
     if x.stride(-1) != 1 or not even:
         return x.contiguous(), x.shape[-1]
     return x, dims[-1][1] if dims else x.shape[-1]

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import fx
 
+from fusion_pass.inductor import parse_schema
 from fusion_pass.specs import GatedActivation, Quantizer, RMSNorm
 
 Described = RMSNorm | GatedActivation | Quantizer
@@ -118,7 +119,7 @@ def register_op(
     inputs |= {"gate": gate, "up": up, "gate_up": gate_up, "up_gate": up_gate}
     outputs = {"value": value, "sum": sum, "codes": codes, "scale": scale}
     try:
-        parsed = torch._C.parse_schema(_text(schema))
+        parsed = parse_schema(_text(schema))
     except RuntimeError as error:
         raise ValueError(f"schema is {schema!r}; allowed: the schema of an op ({error})") from None
     given = {part: v for part, v in inputs.items() if v is not None}

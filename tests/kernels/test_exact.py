@@ -377,12 +377,3 @@ def test_operands_are_those_of_the_spec(op, prologue, others, named, device):
     norm = [x if "x" in others else None, x[0] if "weight" in others else None]
     with pytest.raises(ValueError, match=named):
         getattr(torch.ops.fusion_pass, op)(x, *(norm if op == "rms_norm_quant" else []), None, text)
-
-
-def test_ops_pass_opcheck(device):
-    x = torch.randn(3, 256, device=device).to(BF16)
-    norm = FusedSpec(RMSNorm(1e-6, residual_sum=BF16), Quantizer.dynamic(group=64), ScaleLayout.COLUMN, sum_output=BF16)
-    torch.library.opcheck(torch.ops.fusion_pass.quant, (x, None, FusedSpec(NoPrologue(), Quantizer.dynamic()).encode()))
-    torch.library.opcheck(torch.ops.fusion_pass.rms_norm_quant, (x, x + 1, x[0].clone(), None, norm.encode()))
-    silu = FusedSpec(GatedActivation(), Quantizer.dynamic(), value_output=F32)
-    torch.library.opcheck(torch.ops.fusion_pass.act_mul_quant, (x, x + 1, None, silu.encode()))

@@ -14,8 +14,8 @@ BF16 = torch.bfloat16
 LAUNCH = torch.ops.higher_order.triton_kernel_wrapper_functional
 
 
-def lowered(fn, *shapes, dynamic=()):
-    """The report on fn over tensors that pretend to be on a GPU, and its lowered graph."""
+def lowered(fn, *shapes, dynamic=(), mark=torch._dynamo.mark_dynamic):
+    """The report on fn over tensors that pretend to be on a GPU, and its lowered graph; ``dynamic`` are dims of the first."""
     results = []
 
     def compiler(gm, _):
@@ -26,7 +26,7 @@ def lowered(fn, *shapes, dynamic=()):
     torch._dynamo.reset()
     tensors = [torch.empty(shape, dtype=BF16) for shape in shapes]
     for dim in dynamic:
-        torch._dynamo.mark_dynamic(tensors[0], dim)
+        mark(tensors[0], dim)
     torch.compile(fn, backend=lambda gm, i: inductor.compile_without_joint_passes(gm, i, compiler))(*tensors)
     return results[0]
 
@@ -124,8 +124,10 @@ def test_a_buffer_that_an_op_changes_through_a_view():
     assert len(launches(graph)) == 1
 
 
-def test_the_number_of_rows_stays_symbolic():
-    _, graph = lowered(norm, (8, 256), (256,), dynamic=(0,))
+@pytest.mark.parametrize("mark", [torch._dynamo.mark_dynamic, torch._dynamo.decorators.mark_unbacked])
+@pytest.mark.parametrize("shape", [(8, 256), (8, 6, 256)])
+def test_the_number_of_rows_stays_symbolic(shape, mark):
+    _, graph = lowered(norm, shape, (256,), dynamic=range(len(shape) - 1), mark=mark)
     (launch,) = launches(graph)
     rows = launch.kwargs["kwargs"]["M"]
     assert isinstance(rows, torch.fx.Node)
@@ -156,3 +158,22 @@ def test_other_devices_are_left_alone():
 
     x, w = torch.randn(8, 256).to(BF16), torch.randn(256).to(BF16)
     torch.compile(norm, backend=lambda gm, i: inductor.compile_without_joint_passes(gm, i, run))(x, w)
+
+
+def test_branches_are_lowered_like_graphs():
+    found = []
+
+    def compiler(gm, _):
+        for module in gm.modules():
+            if module is not gm and isinstance(module, torch.fx.GraphModule):
+                graph = relabelled(module, torch.device("cuda", 0)).graph
+                graph_pass.run(graph, ("cuda",), to_kernels=True)
+                found.append((len(launches(graph)), calls_fusion_pass(graph)))
+        return gm.forward
+
+    def fn(x):
+        return torch.cond(x.sum() > 0, spelled.per_token, lambda x: spelled.per_group(x, 64), (x,))
+
+    x = torch.empty(8, 256, dtype=BF16)
+    torch.compile(fn, backend=lambda gm, i: inductor.compile_without_joint_passes(gm, i, compiler))(x)
+    assert found == [(1, False), (1, False)]
