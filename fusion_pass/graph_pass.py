@@ -119,7 +119,7 @@ def _count(report: Report) -> None:
 class _InstalledPass(CustomGraphPass):  # type: ignore[misc]
     """A pass that stands in the config; devices and strict as :func:`fusion_pass.register` takes them."""
 
-    def __init__(self, devices: Collection[str], strict: bool) -> None:
+    def __init__(self, devices: Collection[str] = (), strict: bool = False) -> None:
         self.devices = tuple(sorted(devices))
         self.strict = strict
 
