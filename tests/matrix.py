@@ -20,8 +20,8 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
 ENVIRONMENTS = ROOT / "build" / "matrix"
-# The last release of each minor version.
-VERSIONS = ("2.11.0", "2.12.1", "2.13.0", "2.14.1", "2.15.0")
+# The last release of each minor version, and the Triton that its CUDA build asks for; CPU builds ask for none.
+VERSIONS = {"2.11.0": "3.6.0", "2.12.1": "3.7.1", "2.13.0": "3.7.1", "2.14.1": "3.8.0", "2.15.0": "3.9.0"}
 # Lowering is tested without the interpreter, everything else in it.
 SUITES = {"tests": "1", "lowering": "0"}
 
@@ -56,8 +56,8 @@ def environment(version: str) -> Path:
     if not ready.exists():
         venv.create(folder, clear=True, with_pip=True)
         install = [str(python), "-m", "pip", "install", "-q"]
-        subprocess.run([*install, f"torch=={version}"], check=True)
-        subprocess.run([*install, f"torch=={version}", "-e", f"{ROOT}[test,models]"], check=True)
+        pinned = [f"torch=={version}", f"triton=={VERSIONS[version]}"]
+        subprocess.run([*install, *pinned, "-e", f"{ROOT}[test,models]"], check=True)
         ready.touch()
     return python
 
@@ -83,16 +83,15 @@ def run(version: str, arguments: list[str]) -> Outcome:
 
 
 def triton(version: str) -> str:
-    """The version of Triton in an environment."""
+    """The version of Triton that is installed in an environment."""
     ask = "import importlib.metadata as m; print(m.version('triton'))"
-    return subprocess.run(
-        [str(environment(version)), "-c", ask], capture_output=True, text=True, check=True
-    ).stdout.strip()
+    asked = subprocess.run([str(environment(version)), "-c", ask], capture_output=True, text=True, check=True)
+    return asked.stdout.strip()
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--torch", nargs="+", default=VERSIONS, metavar="VERSION", help="releases to run")
+    parser.add_argument("--torch", nargs="+", default=VERSIONS, choices=VERSIONS, metavar="VERSION")
     parser.add_argument("pytest", nargs="*", default=[], help="arguments for pytest, after --")
     options = parser.parse_args()
     print("| torch | Triton | passed | failed | skipped | seconds |\n|---|---|---|---|---|---|", flush=True)
