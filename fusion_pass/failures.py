@@ -131,7 +131,7 @@ def contained(graph: fx.Graph, *, strict: bool, errors: list[FusionPassError] | 
 
 def tell(error: FusionPassError) -> None:
     """Warn of a failure: the user, and with its traceback the log and the folder of FUSION_PASS_DEBUG."""
-    from torch._dynamo.utils import counters
+    from .inductor import counters
 
     from . import debug
 

@@ -12,7 +12,7 @@ from fusion_pass import inductor
 ROOT = Path(__file__).parents[1]
 FOLDERS = ("fusion_pass", "patterns", "kernels")
 # Private by name alone: torch.utils._pytree, and torch._ops, where the classes of torch.ops are.
-PRIVATE = re.compile(r"torch(\.\w+)*\._(?!pytree\b|ops\b|_)\w+|torch\.fx\.experimental\b")
+PRIVATE = re.compile(r"torch(?!\.ops\b)(\.\w+)*\._(?!pytree\b|ops\b|_)\w+|torch\.fx\.experimental\b")
 
 
 def private_names(source):
