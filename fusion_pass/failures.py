@@ -131,9 +131,8 @@ def contained(graph: fx.Graph, *, strict: bool, errors: list[FusionPassError] | 
 
 def tell(error: FusionPassError) -> None:
     """Warn of a failure: the user, and with its traceback the log and the folder of FUSION_PASS_DEBUG."""
-    from .inductor import counters
-
     from . import debug
+    from .inductor import counters
 
     counters["fusion_pass"]["failed"] += 1
     text = "".join(traceback.format_exception(error))
