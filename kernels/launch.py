@@ -208,7 +208,7 @@ def launch_into_buffers(
         "num_warps": config.warps,
     }
     if spec.quantizer.granularity is Granularity.TENSOR and spec.quantizer.needs_amax:
-        amax = torch.zeros((1,), dtype=torch.int32, device=x.device)
+        amax = _zeros([1], torch.int32, x.device)
         first = dict.fromkeys(("code_ptr", "scale_ptr", "sum_ptr", "value_ptr"))
         wrap(fused_quant_kernel)[grid](**{**arguments, **first, "amax_ptr": amax, "PEAK": "store"})
         arguments |= {"amax_ptr": amax, "PEAK": "load"}
@@ -250,10 +250,17 @@ def allocate(spec: FusedSpec, x: torch.Tensor) -> list[torch.Tensor]:
         elif spec.layout is not ScaleLayout.ROW:
             scale = [*lead[:-1], *allocated(spec.layout, lead[-1], groups)]
             padded = has_padding(spec.layout, lead[-1], groups)
-        make: Callable[..., torch.Tensor] = torch.zeros if padded else torch.empty
-        outputs.append(make(scale, dtype=quantizer.scale_dtype, device=x.device))
+        if padded:
+            outputs.append(_zeros(scale, quantizer.scale_dtype, x.device))
+        else:
+            outputs.append(torch.empty(scale, dtype=quantizer.scale_dtype, device=x.device))
     extras = [dtype for dtype in (spec.sum_output, spec.value_output) if dtype is not None]
     return outputs + [torch.empty(x.shape, dtype=dtype, device=x.device) for dtype in extras]
+
+
+def _zeros(size: list[Any], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    # Inductor has no lowering of torch.zeros, only a decomposition, which runs before the pass.
+    return torch.full(size, 0, dtype=dtype, device=device)
 
 
 def _buffers(spec: FusedSpec, x: torch.Tensor) -> list[torch.Tensor]:

@@ -177,3 +177,25 @@ def test_branches_are_lowered_like_graphs():
     x = torch.empty(8, 256, dtype=BF16)
     torch.compile(fn, backend=lambda gm, i: inductor.compile_without_joint_passes(gm, i, compiler))(x)
     assert found == [(1, False), (1, False)]
+
+
+def per_tensor(x):
+    scale = x.abs().amax().float().clamp(min=1e-12) / 448.0
+    return (x.float() / scale).clamp(-448.0, 448.0).to(torch.float8_e4m3fn), scale
+
+
+def tma(x):
+    codes, scale = spelled.per_group(x)
+    return codes, torch.nn.functional.pad(scale.t(), (0, -x.shape[0] % 4)).contiguous()
+
+
+@pytest.mark.parametrize("fn", [per_tensor, tma, spelled.per_token, silu])
+def test_inductor_lowers_what_is_left(fn):
+    """No operation that only its decompositions would have taken apart, which run before the pass."""
+    from torch._inductor.lowering import lowerings
+
+    report, graph = lowered(fn, (7, 1024))
+    assert len(report.fused) == 1
+    for node in graph.nodes:
+        if isinstance(node.target, torch._ops.OpOverload):
+            assert node.target in lowerings, node

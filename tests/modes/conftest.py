@@ -15,10 +15,9 @@ def backend(device):
 
 @pytest.fixture
 def fused(monkeypatch):
-    """Counts, by name, the sites fused since the test began, which finds no graph of an earlier run in Inductor's caches."""
+    """Counts, by name, the sites fused since the test began, which finds no graph in Inductor's caches."""
     counters.clear()
-    run = uuid.uuid4().hex
-    monkeypatch.setattr(graph_pass, "source_hash", lambda: run)
+    monkeypatch.setattr(graph_pass, "source_hash", lambda: uuid.uuid4().hex)
     return lambda: {name: count for name, count in counters["fusion_pass"].items() if name not in ("fused", "shared")}
 
 

@@ -54,11 +54,15 @@ class Layer(nn.Module):
 
 
 def assert_same(actual, expected):
-    """Bit for bit on a CPU, where what is between the sites runs as in eager; Inductor's own kernels round elsewhere."""
+    """Bit for bit on a CPU, where what is between the sites runs as in eager.
+
+    Inductor's own kernels round elsewhere, which moves some gradients to the next of e5m2's few values.
+    """
     if expected[0].device.type == "cpu":
         assert compare(list(actual), list(expected)).equal
-    else:
-        torch.testing.assert_close(list(actual), list(expected), rtol=0.02, atol=0.1)
+        return
+    for a, b in zip(actual, expected, strict=True):
+        assert (a.double() - b.double()).norm() <= 0.1 * b.double().norm()
 
 
 def model(layers=2, width=WIDTH, device="cpu"):

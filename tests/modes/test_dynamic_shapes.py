@@ -72,7 +72,7 @@ def test_unmarked_rows_become_dynamic_once(fullgraph, device, backend, graphs):
 
 
 def test_many_rows(device, backend, graphs):
-    fn = SITES["add_rms_norm_per_token"]
+    fn = SITES["rms_norm_per_group_16"]
     compiled = torch.compile(fn, backend=backend, dynamic=True)
     for rows in (2, 16384):
         check(compiled, fn, rows, device)
