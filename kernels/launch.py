@@ -107,7 +107,7 @@ def _whole_row_shape(spec: FusedSpec, row: int, values: int, amount: Amount) -> 
     by_group = spec.quantizer.group is not None
     if wasteful and (not by_group or row <= values * 3 // 4):
         return (64 if values < 8192 else 128), (8 if values == 8192 else 4)
-    return usual, 1 if values == 4096 and not by_group else 4
+    return usual, 1 if wasteful or (values == 4096 and not by_group) else 4
 
 
 def _amount(rows: Any, row: int) -> Amount:

@@ -75,12 +75,23 @@ def load(package, folder, *modules):
     return subprocess.run(command, cwd=folder, env=os.environ, capture_output=True, text=True, check=False)
 
 
+def crashes_unfused(module, folder):
+    """Whether a process that loads a package compiled without the pass dies of a signal."""
+    path = str(folder / "unfused.pt2")
+    return (
+        load(torch._inductor.aoti_compile_and_package(exported(module, "cuda"), package_path=path), folder).returncode
+        < 0
+    )
+
+
 def test_a_package_runs_without_our_code(module, device, fused, tmp_path):
     """On a GPU the kernels are in the package. A CPU graph keeps the op as a call, which the process must import."""
     package = packaged(module, device, tmp_path)
     assert fused() == {"rms_norm_per_token": 1}
     alone = load(package, tmp_path)
     if device == "cuda":
+        if alone.returncode < 0 and crashes_unfused(module, tmp_path):
+            pytest.skip("this installation of torch crashes when it loads a package, fused or not")
         assert alone.returncode == 0, alone.stderr
         return
     assert "Could not find schema for fusion_pass::rms_norm_quant" in alone.stderr
