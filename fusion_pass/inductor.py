@@ -67,6 +67,7 @@ __all__ = [
     "restore_launches",
     "sort_topologically",
     "stored_number",
+    "stored_tensor",
     "trace_log",
     "trace_structured",
 ]
@@ -240,6 +241,15 @@ def fake_mode_of(graph: fx.Graph) -> FakeTensorMode | contextlib.AbstractContext
 def real_tensors() -> contextlib.AbstractContextManager[Any]:
     """A context in which tensors are computed, even while a graph of fake ones is compiled."""
     return _disable_current_modes()  # type: ignore[no-any-return]
+
+
+def stored_tensor(node: fx.Node) -> torch.Tensor | None:
+    """The tensor that tracing lifted out of the code, on a CPU; None if it is not known."""
+    stored = getattr(node.graph.owning_module, str(node.target), None)
+    if not isinstance(stored, torch.Tensor) or isinstance(stored, FakeTensor):
+        return None
+    with real_tensors():
+        return stored.detach().cpu()
 
 
 def stored_number(node: fx.Node) -> float | None:

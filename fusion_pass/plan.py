@@ -18,6 +18,7 @@ from torch import fx
 
 from .failures import during
 from .patterns.activations import ActivationSite, recognise_activation
+from .patterns.fp4 import packs_codes
 from .patterns.grammar import Failure, Search, describe
 from .patterns.layouts import stored_copies
 from .patterns.norms import NormSite, recognise_norm
@@ -81,7 +82,9 @@ class _Planner:
         called = [n for n in graph.nodes if n.op == "call_function"]
         self.known = [n for n in called if may_be_known(n)]
         quantizers = {n for n in self.known if returns_codes(n)}
-        self.casts = [n for n in called if (n in quantizers or casts_to_codes(n)) and self._on_device(n)]
+        # Packed codes first: the cast of an e4m3fn block scale is then known to be theirs.
+        packed = [n for n in called if packs_codes(n) and self._on_device(n)]
+        self.casts = packed + [n for n in called if (n in quantizers or casts_to_codes(n)) and self._on_device(n)]
         self.order: dict[fx.Node, int] = {}
         self.produced: set[fx.Node] = set()
 
@@ -96,8 +99,6 @@ class _Planner:
         if self.casts:
             self.values = Values(self.graph)
             self.casts = [n for n in self.casts if returns_codes(n) or quantizes(n, self.values)]
-            # A quantizer that is one op already is eligible if something fuses into it: _plan_group counts it then.
-            self.report.eligible = sum(map(casts_to_codes, self.casts))
             self.order = {node: i for i, node in enumerate(self.graph.nodes)}
             for value, group in self._groups().items():
                 with during("plan", group):
@@ -107,8 +108,13 @@ class _Planner:
     def _groups(self) -> dict[fx.Node, _Group]:
         groups: dict[fx.Node, _Group] = {}
         found: dict[fx.Node, tuple[_Group, int]] = {}
+        scales: set[fx.Node] = set()
         for cast in self.casts:
             core = self.values.core(cast)
+            if core in scales:
+                continue
+            # A quantizer that is one op already is eligible if something fuses into it: _plan_group counts it then.
+            self.report.eligible += casts_to_codes(cast) or packs_codes(cast)
             if core in found:
                 group, index = found[core]
                 group.served[index] += 1
@@ -120,6 +126,8 @@ class _Planner:
                 found[core] = group, len(group.quantizers)
                 group.quantizers.append(site)
                 group.served.append(1)
+                if site.reader is not None:
+                    scales.update(site.reader.terms)
         return groups
 
     def _quantizer(self, cast: fx.Node) -> QuantizerSite | None:
@@ -319,11 +327,10 @@ class _Planner:
             if _storable(core, term):
                 stored = core
         site.scale = stored
-        as_byte = kind(read[stored]) == "i32"
         site.spec = dataclasses.replace(
             site.spec,
             quantizer=dataclasses.replace(
-                site.quantizer, scale=read[stored], scale_dtype=torch.uint8 if as_byte else torch.float32
+                site.quantizer, scale=read[stored], scale_dtype=_scale_dtype(stored, read[stored])
             ),
         )
         return site
@@ -457,7 +464,13 @@ def _storable(core: fx.Node, term: Term) -> bool:
     """Whether an op can return the value: a float, or an exponent as a byte."""
     if kind(term) == "i32":
         return dtype(core) in (torch.uint8, torch.float8_e8m0fnu)
-    return dtype(core) in FLOATS
+    return dtype(core) in (*FLOATS, torch.float8_e4m3fn)
+
+
+def _scale_dtype(core: fx.Node, term: Term) -> torch.dtype:
+    if kind(term) == "i32":
+        return torch.uint8
+    return torch.float8_e4m3fn if dtype(core) is torch.float8_e4m3fn else torch.float32
 
 
 def _depends_on(node: fx.Node, targets: set[fx.Node], order: dict[fx.Node, int], first: int) -> bool:

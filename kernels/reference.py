@@ -12,8 +12,8 @@ import torch
 import torch.nn.functional as F  # noqa: N812
 
 from fusion_pass.addresses import address, allocated
+from fusion_pass.e2m1 import e2m1_codes
 from fusion_pass.specs import (
-    E2M1,
     Activation,
     FusedSpec,
     GatedActivation,
@@ -24,8 +24,6 @@ from fusion_pass.specs import (
     Root,
     Rounding,
     ScaleLayout,
-    Sign,
-    Ties,
     Weight,
 )
 from fusion_pass.terms import LEAVES, Operand, Term, kind
@@ -161,22 +159,6 @@ def _quantize(quantizer: Quantizer, value: torch.Tensor, given: torch.Tensor | N
         tensor = quantizer.granularity is Granularity.TENSOR
         outputs.append((scale.reshape(1) if tensor else scale.squeeze(-1)).to(quantizer.scale_dtype).contiguous())
     return outputs
-
-
-def e2m1_codes(rule: E2M1, value: torch.Tensor) -> torch.Tensor:
-    """The FP4 codes of f32 values, one per byte, by comparison with the seven midpoints."""
-    midpoints = torch.tensor([0.25, 0.75, 1.25, 1.75, 2.5, 3.5, 5.0], device=value.device)
-    magnitude = value.abs().contiguous()
-    # A midpoint itself counts as reached, or as not reached.
-    reached, passed = (torch.bucketize(magnitude, midpoints, right=right) for right in (True, False))
-    to_even = torch.where(reached % 2 == 0, reached, passed)
-    code = {Ties.AWAY: reached, Ties.TOWARD_ZERO: passed, Ties.EVEN: to_even}[rule.ties]
-    signed = {
-        Sign.KEPT: value.signbit(),
-        Sign.NEGATIVE: value < 0,
-        Sign.NONZERO: (value < 0) & (code != 0),
-    }[rule.sign]
-    return torch.where(value.isnan(), rule.nan_code, code | signed.to(code.dtype) << 3).to(torch.uint8)
 
 
 _DTYPES = {

@@ -13,10 +13,11 @@ import torch
 from torch import fx
 
 from fusion_pass.eager import eager_cast_saturates
-from fusion_pass.specs import CAST_DTYPES, Granularity, Quantizer, Rounding, SpecError
-from fusion_pass.terms import bounds, largest_quotient
+from fusion_pass.specs import CAST_DTYPES, Granularity, Quantizer, Rounding, Sign, SpecError
+from fusion_pass.terms import bounds, is_power_of_two, largest_quotient
 
 from .clamps import clamped
+from .fp4 import recognise_codes
 from .grammar import (
     ADD,
     DIV,
@@ -101,9 +102,24 @@ def quantizes(node: fx.Node, values: Values) -> bool:
 
 
 def recognise_quantizer(codes: fx.Node, search: Search, device_type: str) -> QuantizerSite | None:
-    """The quantizer that ends in the cast ``codes``, or None with the reason in ``search.failure``."""
+    """The quantizer that ends in ``codes``, a cast or packed FP4; or None with the reason in ``search.failure``."""
     start = Match({"device_type": device_type}, (codes,))
+    if cast_dtype(codes) is None:
+        return _packed_quantizer(codes, start, search, device_type)
     for match in _saturated(codes.args[0], start, search):
+        site = _describe(codes, match, search)
+        if site is not None:
+            return site
+    return None
+
+
+def _packed_quantizer(codes: fx.Node, start: Match, search: Search, device_type: str) -> QuantizerSite | None:
+    packed = recognise_codes(codes, search.values, device_type)
+    if isinstance(packed, str):
+        search.fail(codes, start, "FP4 codes", packed)
+        return None
+    start = Match({"e2m1": packed.rule, "rounding": Rounding.CAST, **start.captures}, packed.nodes)
+    for match in _quotient(packed.scaled, start, search):
         site = _describe(codes, match, search)
         if site is not None:
             return site
@@ -128,7 +144,10 @@ def _describe(codes: fx.Node, match: Match, search: Search) -> QuantizerSite | N
 def _problem(codes: fx.Node, match: Match) -> tuple[str, str] | None:
     """What was expected and what was found where a match cannot be honoured."""
     low, high = match.get("low"), match.get("high")
-    if not _saturates(codes, match):
+    rule = match.get("e2m1")
+    if rule is not None and rule.sign is Sign.NEGATIVE and match["divides"] and not is_power_of_two(match["factor"]):
+        return "a quotient that is no zero", "codes with the sign of quotients below any float"
+    if rule is None and not _saturates(codes, match):
         seen = "no clamp" if high is None else f"a clamp to [{low:g}, {high:g}]"
         return f"a clamp to what {cast_dtype(codes)} holds", seen
     if "clamped_first" in match.captures and not (float(low).is_integer() and float(high).is_integer()):
@@ -150,7 +169,7 @@ def _problem(codes: fx.Node, match: Match) -> tuple[str, str] | None:
 def _spec(codes: fx.Node, match: Match) -> Quantizer:
     group = match.get("group")
     low, high = match.get("low"), match.get("high")
-    code: Any = cast_dtype(codes)
+    code: Any = cast_dtype(codes) or torch.float4_e2m1fn_x2
     if high is None and code is torch.int8:
         high = 127.0
     return Quantizer(
@@ -165,6 +184,7 @@ def _spec(codes: fx.Node, match: Match) -> Quantizer:
         clamp_low=None if low is None or low == -high else low,
         rounding=match["rounding"],
         adds_zero="adds_zero" in match.captures and code is not torch.int8,
+        e2m1=match.get("e2m1"),
     )
 
 

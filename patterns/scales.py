@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import fx
 
+from fusion_pass.eager import eager_cast_saturates
 from fusion_pass.specs import reciprocal_of
 from fusion_pass.terms import AMAX, GIVEN, Operand, Term, bounds, is_power_of_two, kind
 
@@ -234,6 +235,12 @@ class ScaleReader:
             return Term("f64", (term,))
         if target is torch.float32 and source in ("f64", "i32"):
             return Term("f32", (term,))
+        if target is torch.float8_e4m3fn and source == "f32":
+            least, most = bounds(term)
+            saturates = (least >= -448 and most <= 448) or eager_cast_saturates(target)
+            return Term("e4m3fn", (term,)) if saturates else None
+        if target is torch.float32 and dtype(core.args[0]) is torch.float8_e4m3fn:  # type: ignore[arg-type]
+            return term
         if target is torch.int32:
             return term if source == "i32" else Term("i32", (term,)) if source == "bool" else None
         if target is torch.bool and source == "i32":
