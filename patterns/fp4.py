@@ -61,8 +61,41 @@ def recognise_codes(node: fx.Node, values: Values, device_type: str) -> Packed |
         between, scaled = _between(values.core(low), values)
         if scaled is None:
             return "codes of no single tensor of floats"
-        rule = _rule(values.core(low), scaled, values, device_type)
+        # Layers repeat: a conversion is proved once.
+        key = (device_type, *_written(values.core(low), scaled, values))
+        if key not in _proofs:
+            _proofs[key] = _rule(values.core(low), scaled, values, device_type)
+        rule = _proofs[key]
     return rule if isinstance(rule, str) else Packed(scaled, rule, (node, *joined, *shifted, *between))
+
+
+_proofs: dict[Any, E2M1 | str] = {}
+
+
+def _written(codes: fx.Node, scaled: fx.Node, values: Values) -> list[Any]:
+    """The operations from ``scaled`` to ``codes`` as text: what a conversion computes, in whatever graph it stands."""
+    lines: list[Any] = []
+    numbers: dict[fx.Node, int] = {}
+
+    def number(operand: Any) -> Any:
+        if not isinstance(operand, fx.Node):
+            return [number(o) for o in operand] if isinstance(operand, (list, tuple)) else repr(operand)
+        core = values.core(operand)
+        if core not in numbers:
+            fixed = concrete(core)
+            if core is scaled:
+                line: Any = ("scaled", dtype(core))
+            elif fixed is not None:
+                line = ("constant", dtype(core), str(fixed.tolist()))
+            else:
+                operands = [str(number(a)) for a in core.args]
+                line = (core.target, dtype(core), *operands, str(core.kwargs))
+            numbers[core] = len(lines)
+            lines.append(line)
+        return numbers[core]
+
+    number(codes)
+    return lines
 
 
 _Half = tuple[fx.Node, tuple[fx.Node, ...]]
@@ -167,13 +200,13 @@ def _disprove(rules: dict[Any, E2M1], codes: fx.Node, evaluator: Evaluator) -> s
     while first.numel():
         over = leaf(first, last)
         found = evaluator.evaluate(codes, over)
-        agreement = {name: _agrees(rule, over, found) for name, rule in rules.items()}
-        for name, agrees in agreement.items():
-            if bool((over.exact & ~agrees).any()):
+        agreement = {name: _agreement(rule, over, found) for name, rule in rules.items()}
+        for name, (agrees, differs) in agreement.items():
+            if bool(differs.any()) or bool((over.exact & ~agrees).any()):
                 del rules[name]
         if not rules:
             return "codes that are not those of E2M1"
-        left = ~torch.stack([agreement[name] for name in rules]).all(0)
+        left = ~torch.stack([agreement[name][0] for name in rules]).all(0)
         first, last = first[left], last[left]
         middle = (first + last) // 2
         first, last = torch.cat([first, middle + 1]), torch.cat([middle, last])
@@ -182,7 +215,8 @@ def _disprove(rules: dict[Any, E2M1], codes: fx.Node, evaluator: Evaluator) -> s
     return None
 
 
-def _agrees(rule: E2M1, over: Range, found: Range) -> torch.Tensor:
-    """On which intervals all codes are those of the rule, which grow with the magnitude."""
+def _agreement(rule: E2M1, over: Range, found: Range) -> tuple[torch.Tensor, torch.Tensor]:
+    """On which intervals all codes are those of the rule, and on which none is: a rule's codes grow with the magnitude."""
     low, high = e2m1_codes(rule, over.low), e2m1_codes(rule, over.high)
-    return (found.low == found.high) & (low == high) & (found.low == low)
+    constant = (found.low == found.high) & (low == high)
+    return constant & (found.low == low), constant & (found.low != low)

@@ -148,13 +148,15 @@ def _fitted(result: Range, kind: torch.dtype | None) -> Range:
         low, high = (v.to(kind).float() for v in (result.low, result.high))
         nan = result.nan | low.isnan() | high.isnan()
         anything = nan & ~result.exact
-        low, high = torch.where(anything, -torch.inf, low), torch.where(anything, torch.inf, high)
-        return replace(result, low=low, high=high, nan=nan)
+        low = torch.where(anything, -torch.inf, low).contiguous()
+        high = torch.where(anything, torch.inf, high).contiguous()
+        settled = ~nan & (low.view(torch.int32) == high.view(torch.int32))
+        return Range(low, high, result.exact | settled, nan)
     width = _WIDTHS.get(kind)  # type: ignore[arg-type]
     if width is None:
         raise Unproved(f"values of {kind}")
     if width in (1, 64):
-        return result
+        return replace(result, exact=result.exact | (result.low == result.high))
     least = 0 if kind is torch.uint8 else -(2 ** (width - 1))
     turns = (result.low - least) >> width
     whole = turns == (result.high - least) >> width

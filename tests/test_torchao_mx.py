@@ -43,3 +43,35 @@ def test_mxfp8_casts_fuse(mode, device):
         return
     result = compare(actual, cast(x))
     assert result.equal, result
+
+
+@pytest.mark.parametrize("mode", list(config.ScaleCalculationMode), ids=lambda mode: mode.name)
+def test_mxfp4_casts_fuse(mode, device):
+    def cast(x):
+        scales, codes = mx_tensor.to_mx(x, torch.float4_e2m1fn_x2, 32, mode)
+        return codes, scales.view(torch.uint8)
+
+    x = blocks_of_every_amax(device)
+    # On a CPU the code of NaN depends on its sign and payload.
+    check(cast, "quant_mxfp4", x[~x.isnan().any(-1)])
+
+
+nvfp4_tensor = pytest.importorskip("torchao.prototype.mx_formats.nvfp4_tensor")
+
+
+@pytest.mark.parametrize("global_scale", [False, True])
+def test_nvfp4_casts_fuse(global_scale, device):
+    def cast(x, scale):
+        scales, codes = nvfp4_tensor.nvfp4_quantize(x, 16, scale if global_scale else None)
+        return codes, scales
+
+    x = (torch.randn(64, 128) * torch.logspace(-6, 6, 64)[:, None]).to(torch.bfloat16).to(device)
+    check(cast, "quant_nvfp4", x, torch.tensor(0.37, device=device))
+
+
+def check(cast, name, *tensors):
+    report = Report()
+    actual = torch.compile(cast, backend=collecting(report), dynamic=False)(*tensors)
+    assert [site.name for site in report.fused] == [name], report
+    result = compare(actual, cast(*tensors))
+    assert result.equal, result

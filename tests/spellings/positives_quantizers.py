@@ -426,7 +426,7 @@ def mxfp8_rceil(x):
     return codes.reshape(x.shape), exponent.squeeze(-1)
 
 
-@positive(f"{MX} to_mx, e2m1 with the floor rule", "quant_mxfp4", inputs=spread(), status="later")
+@positive(f"{MX} to_mx, e2m1 with the floor rule", "quant_mxfp4", inputs=spread())
 def mxfp4_floor(x):
     grouped = x.reshape(x.shape[0], -1, 32).to(torch.float32)
     biased = torch.clamp(_mx_exponent(torch.amax(torch.abs(grouped), -1, keepdim=True)) - 2, -127, 128) + 127
