@@ -20,9 +20,12 @@ from typing import NamedTuple
 
 import torch
 
+from .cast_transpose import LINEAR, BlockScales, CastTransposed, CastTransposeSpec, Placement
 from .checks import require, require_dims
-from .ops import Quantized
+from .mx_specs import ScaleMode, mx_quantizer
+from .ops import Quantized, cast_transpose
 from .specs import (
+    E2M1,
     FusedSpec,
     GatedActivation,
     Mean,
@@ -33,6 +36,8 @@ from .specs import (
     RMSNorm,
     ScaleLayout,
     ScaleRule,
+    Sign,
+    Ties,
     Weight,
 )
 from .terms import Term, parse
@@ -51,6 +56,8 @@ __all__ = [
     "sglang_rms_norm_spec",
     "silu_and_mul_contiguous_fp8_post_quant",
     "silu_and_mul_masked_fp8_post_quant",
+    "te_cast_transpose_mxfp4",
+    "te_mxfp4_spec",
     "torchao_rowwise_spec",
 ]
 
@@ -471,3 +478,54 @@ def fp8_rowwise_2d_scale_and_cast(x: torch.Tensor, round_scales_to_power_of_2: b
     require_dims("x", x, "(M, K)")
     spec = torchao_rowwise_spec(round_scales_to_power_of_2=round_scales_to_power_of_2)
     return Multiplied(*torch.ops.fusion_pass.quant(x, None, spec.encode()))
+
+
+# All-zero blocks have the scale 1; an amax that rounds up to infinity has the greatest scale. E2M1 has no NaN: its code is 0.
+_TE_MXFP4 = mx_quantizer(
+    torch.float4_e2m1fn_x2,
+    ScaleMode.EVEN,
+    e2m1=E2M1(Ties.AWAY, Sign.NEGATIVE, 0),
+    zero_byte=127,
+    infinity_byte=254,
+)
+
+
+def te_mxfp4_spec(rowwise: Placement | None = LINEAR, columnwise: Placement | None = LINEAR) -> CastTransposeSpec:
+    """The spec of :func:`te_cast_transpose_mxfp4`."""
+    return CastTransposeSpec(_TE_MXFP4, rowwise, columnwise)
+
+
+def te_cast_transpose_mxfp4(
+    x: torch.Tensor,
+    *,
+    rowwise: bool = True,
+    columnwise: bool = True,
+    scale_layout: BlockScales = BlockScales.PADDED,
+    shuffle_rowwise_data: bool = False,
+    shuffle_columnwise_data: bool = False,
+) -> CastTransposed:
+    """MXFP4 of a matrix and of its transpose, from one read.
+
+    Blocks of 32 values: the scale's exponent is that of amax rounded to one mantissa bit, halves up, minus 2; values at the
+    scale are rounded to E2M1, ties away from zero, with the sign of values below zero.
+
+    Args:
+        x: (..., N) float32, bfloat16 or float16, whose leading dims count as M rows; M and N multiples of 32.
+        rowwise, columnwise: which directions are wanted.
+        scale_layout: linear; padded to (ceil256, ceil8) with zeros; or that in the 32x8 shuffle, padded with 127. None is
+            ever trimmed: a shuffled matrix without its padding has lost scales.
+        shuffle_rowwise_data, shuffle_columnwise_data: whether the data are in the (16, 16) order of
+            :func:`fusion_pass.layouts.pack_mfma_shuffled`: multiples of 16 rows and of 64 values.
+
+    Returns:
+        rowwise data (M, N // 2) uint8, the even element in the low nibble, and E8M0 bytes of (M, N // 32) blocks;
+        columnwise data (N, M // 2) and bytes of (N, M // 32); None for a direction that is not wanted.
+
+    Source: TransformerEngine pull request 422, ``te_cast_transpose_mxfp4_triton``.
+    """
+    return cast_transpose(
+        x,
+        _TE_MXFP4,
+        rowwise=Placement(scale_layout, shuffle_rowwise_data) if rowwise else None,
+        columnwise=Placement(scale_layout, shuffle_columnwise_data) if columnwise else None,
+    )

@@ -118,7 +118,7 @@ def _halves(node: fx.Node) -> tuple[_Half, _Half] | None:
 
 def _unpresented(node: fx.Node) -> fx.Node:
     """What lies under views and casts between integers."""
-    while node.target in VIEWS or (cast_dtype(node) in _INTEGERS and dtype(node.args[0]) in _INTEGERS):  # type: ignore[arg-type]
+    while node.target in VIEWS or (cast_dtype(node) in _INTEGERS and dtype(node.args[0]) in _INTEGERS):  # type: ignore[arg-type, operator]
         node = node.args[0]  # type: ignore[assignment]
     return node
 

@@ -133,7 +133,7 @@ def concrete(node: Any) -> torch.Tensor | None:
         source = concrete(node.args[0])
         if source is None:
             return None
-        return source.view(dtype(node)) if node.target is aten.view.dtype else source.to(dtype(node))  # type: ignore[no-any-return, call-overload]
+        return source.view(dtype(node)) if node.target is aten.view.dtype else source.to(dtype(node))  # type: ignore[arg-type]
     return None
 
 
