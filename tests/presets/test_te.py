@@ -14,7 +14,8 @@ def written_out(x):
     rounded = ((amax.view(torch.int32) + 0x200000) & 0x7F800000).view(torch.float32)
     exponent = torch.floor(torch.log2(rounded.clamp(min=1e-45))).clamp(max=1e4).to(torch.int32) - 2
     exponent = torch.where(amax == 0, 0, exponent.clamp(-127, 127))
-    scaled = blocks.double() * torch.pow(2.0, -exponent.double())
+    # 2^-exponent by its bits: pow is not exact on every device.
+    scaled = blocks.double() * ((1023 - exponent.to(torch.int64)) << 52).view(torch.float64)
     code = sum((scaled.abs() >= m).to(torch.uint8) for m in (0.25, 0.75, 1.25, 1.75, 2.5, 3.5, 5.0))
     code = (code | (scaled < 0).to(torch.uint8) << 3).flatten(-2)
     return code[:, ::2] | code[:, 1::2] << 4, (exponent + 127).to(torch.uint8).squeeze(-1)
