@@ -81,7 +81,8 @@ def configure(spec: FusedSpec, row: int, amount: Amount = Amount.UNKNOWN) -> Lau
     if not _whole_rows(spec):
         few = amount is Amount.FEW
         groups = min(max(1, _TILE_VALUES // lanes // (2 if few else 1)), groups)
-        return LaunchConfig(1, groups, lanes, _warps(groups * lanes, per_thread=8 if few else 16))
+        gated = isinstance(spec.prologue, GatedActivation)
+        return LaunchConfig(1, groups, lanes, _warps(groups * lanes, (4 if gated else 8) if few else 16))
     values = groups * lanes
     # Short rows leave lanes idle unless several share a program.
     rows = max(1, 1024 // values)
