@@ -255,13 +255,17 @@ def run(arguments: argparse.Namespace) -> int:
             record.append(arguments.json, (layers, dataclasses.asdict(known[key])))
     progress.close()
     measured = [known[key] for key in keys if key in known]
-    rows = [line(m) for m in measured]
     print(torch.cuda.get_device_name() if device == "cuda" else "CPU, a rehearsal: the times mean nothing")
-    print("\n".join(tables.aligned(HEADER, rows)))
+    report(measured, arguments.markdown)
     print(f"{len(measured)} of {len(keys)}: {'complete' if len(measured) == len(keys) else 'go on with --resume'}")
-    if arguments.markdown:
-        tables.write_between_markers(arguments.markdown, "end to end", tables.markdown(HEADER, rows))
     return 0
+
+
+def report(measured: Sequence[Measurement], document: Path | None) -> None:
+    rows = [line(m) for m in measured]
+    print("\n".join(tables.aligned(HEADER, rows)))
+    if document:
+        tables.write_between_markers(document, "end to end", tables.markdown(HEADER, rows))
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -272,12 +276,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--runs", type=int, default=30, help="steps timed of each")
     parser.add_argument("--json", type=Path, help="append each measurement to this file, a line of JSON each")
     parser.add_argument("--resume", action="store_true", help="leave out what is in the file already")
+    parser.add_argument("--report", action="store_true", help="measure nothing: only show what is in the file")
     parser.add_argument("--minutes", type=float, default=float("inf"), help="start nothing after this time")
     parser.add_argument("--markdown", type=Path, help="write the table into this document, between its markers")
     parser.add_argument("--rehearse", action="store_true", help="run tiny models on a CPU, where times mean nothing")
     arguments = parser.parse_args(argv)
-    if arguments.resume and arguments.json is None:
-        parser.error("--resume needs --json, the file to go on with")
+    if (arguments.resume or arguments.report) and arguments.json is None:
+        parser.error("--resume and --report need --json, the file to go on with or to show")
+    if arguments.report:
+        report(list(read(arguments.json).values()), arguments.markdown)
+        return 0
     if not (arguments.rehearse or torch.cuda.is_available()):
         print("this benchmark needs a CUDA device; --rehearse runs without", file=sys.stderr)
         return 2

@@ -220,6 +220,7 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--contestants", nargs="+", choices=every, default=list(every))
     made.add_argument("--json", type=Path, help="append each cell's result to this file, a line of JSON each")
     made.add_argument("--resume", action="store_true", help="leave out the cells that are in the file already")
+    made.add_argument("--report", action="store_true", help="measure nothing: only show what is in the file")
     made.add_argument("--minutes", type=float, default=float("inf"), help="start no cell after this time")
     made.add_argument("--jobs", type=int, default=default_processes(), help="processes that compile; 0 for none")
     made.add_argument(
@@ -235,8 +236,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     for name, values in GRIDS[arguments.grid].items():
         if getattr(arguments, name) is None:
             setattr(arguments, name, values)
-    if arguments.resume and arguments.json is None:
-        parser().error("--resume needs --json, the file to go on with")
+    if (arguments.resume or arguments.report) and arguments.json is None:
+        parser().error("--resume and --report need --json, the file to go on with or to show")
+    if arguments.report:
+        found = results.read(arguments.json)
+        report(found, len(found), arguments)
+        return 0
     if arguments.grid != "rehearsal" and not torch.cuda.is_available():
         print("this benchmark needs a CUDA device; --grid rehearsal runs without", file=sys.stderr)
         return 2

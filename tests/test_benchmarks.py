@@ -41,9 +41,12 @@ def test_a_run_measures_every_contestant_and_can_be_resumed(tmp_path, capsys):
     assert "before" in document.read_text() and "| add+rms -> group-column | 3x256 |" in document.read_text()
     assert "old" not in document.read_text()
     assert ElementTree.parse(drawing).getroot().tag.endswith("svg")
-    before = record.read_text()
+    before, table = record.read_text(), document.read_text()
     assert rehearse(*kept) == 0
     assert record.read_text() == before
+    document.write_text("<!-- sites rehearsal -->\n<!-- /sites rehearsal -->\n")
+    assert rehearse("--report", "--json", record, "--markdown", document) == 0
+    assert document.read_text() in table
 
 
 def test_an_error_is_recorded_and_the_run_goes_on(tmp_path, monkeypatch, capsys):
