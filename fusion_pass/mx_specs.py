@@ -168,24 +168,46 @@ def _factor(byte: Term, multiplier: Multiplier) -> Term:
     return Term("from_bits", (Term("where", (Term("eq", (byte, _NAN_BYTE)), 0x7FC00000, bits)),))
 
 
-def nvfp4_quantizer(*, global_scale: bool = False, divides: bool = False, e2m1: E2M1 | None = None) -> Quantizer:
-    """Blocks of 16 FP4 values with one e4m3fn scale, amax / 6 between 2^-6 and 448.
+class GlobalScale(enum.Enum):
+    """The scale of the whole tensor, which the op reads: what block scales are divided by, or its reciprocal.
+
+    NONE: there is none. DEQUANTIZATION: global amax / (448 * 6), as torchao has it. QUANTIZATION: 448 * 6 / global amax, as
+    vLLM has it.
+    """
+
+    NONE = "none"
+    DEQUANTIZATION = "dequantization"
+    QUANTIZATION = "quantization"
+
+
+def nvfp4_quantizer(
+    global_scale: GlobalScale = GlobalScale.NONE, *, divides: bool = False, e2m1: E2M1 | None = None
+) -> Quantizer:
+    """Blocks of 16 FP4 values with one e4m3fn scale.
+
+    The scale is amax / 6, over the global scale if there is one, at most 448. With a quantization scale it may be zero, and
+    its block then is; else it is at least 2^-6.
 
     Args:
-        global_scale: whether block scales are themselves divided by a dequantization scale of the tensor, which the op reads.
+        global_scale: the scale of the whole tensor, in which direction.
         divides: whether amax is divided by 6, correctly rounded as on a CPU, or multiplied by f32(1 / 6) as eager code
             does on CUDA.
         e2m1: how FP4 codes are formed; None for the default.
 
-    Source: torchao ``nvfp4_quantize``.
+    Source: torchao ``nvfp4_quantize``; vLLM ``scaled_fp4_quant``, whose approximate reciprocals are exact here.
     """
     wanted = Term("div", (AMAX, 6.0)) if divides else Term("mul", (AMAX, reciprocal_of(6.0)))
-    if global_scale:
-        wanted = Term("div", (wanted, GIVEN))
-    scale = Term("e4m3fn", (Term("min", (Term("max", (wanted, 2.0**-6)), 448.0)),))
-    factor = Term("reciprocal", (scale,))
-    if global_scale:
-        factor = Term("div", (Term("reciprocal", (GIVEN,)), scale))
+    if global_scale is GlobalScale.QUANTIZATION:
+        scale = Term("e4m3fn", (Term("min", (Term("mul", (GIVEN, wanted)), 448.0)),))
+        exact = Term("reciprocal", (Term("mul", (scale, Term("reciprocal", (GIVEN,)))),))
+        factor = Term("where", (Term("eq", (scale, 0.0)), 0.0, exact))
+    else:
+        if global_scale is GlobalScale.DEQUANTIZATION:
+            wanted = Term("div", (wanted, GIVEN))
+        scale = Term("e4m3fn", (Term("min", (Term("max", (wanted, 2.0**-6)), 448.0)),))
+        factor = Term("reciprocal", (scale,))
+        if global_scale is GlobalScale.DEQUANTIZATION:
+            factor = Term("div", (Term("reciprocal", (GIVEN,)), scale))
     return Quantizer(
         code=torch.float4_e2m1fn_x2,
         factor=factor,

@@ -9,7 +9,7 @@ from fusion_pass.kernels.launch import launch
 from fusion_pass.kernels.reference import reference
 
 from fusion_pass.e2m1 import e2m1_codes
-from fusion_pass.mx_specs import Multiplier, ScaleMode, mx_quantizer, nvfp4_quantizer
+from fusion_pass.mx_specs import GlobalScale, Multiplier, ScaleMode, mx_quantizer, nvfp4_quantizer
 from fusion_pass.specs import (
     E2M1,
     FusedSpec,
@@ -154,20 +154,32 @@ def test_torchao_agrees_byte_for_byte(code, mode):
     assert same[comparable].all()
 
 
-@pytest.mark.parametrize("global_scale", [False, True])
+@pytest.mark.parametrize("global_scale", GlobalScale)
 @pytest.mark.parametrize("divides", [False, True])
 def test_nvfp4(global_scale, divides, device):
-    x = torch.cat([torch.randn(64, 64), torch.randn(8, 64) * 1e-3, torch.randn(8, 64) * 1e4, torch.zeros(1, 64)])
+    x = torch.cat([torch.randn(64, 64), torch.randn(8, 64) * 1e-3, torch.randn(8, 64) * 1e4, torch.zeros(1, 64)]).to(
+        device
+    )
     x[3, 2], x[4, 20], x[5, :16] = NAN, -INF, -0.0
-    given = torch.tensor([0.37], device=device) if global_scale else None
-    check(
-        FusedSpec(NoPrologue(), nvfp4_quantizer(global_scale=global_scale, divides=divides)), x.to(device), given=given
-    )
-    check(
-        FusedSpec(NoPrologue(), nvfp4_quantizer(global_scale=global_scale, divides=divides), ScaleLayout.BLOCKED),
-        x.to(device),
-        given=given,
-    )
+    given = None if global_scale is GlobalScale.NONE else torch.tensor([0.37], device=device)
+    for layout in (ScaleLayout.ROW, ScaleLayout.BLOCKED):
+        check(FusedSpec(NoPrologue(), nvfp4_quantizer(global_scale, divides=divides), layout), x, given=given)
+
+
+def test_nvfp4_by_a_quantization_scale():
+    """vLLM's arithmetic, written out: a block's scale may be zero, and so are its values then."""
+    x = torch.randn(16, 64) * torch.logspace(-8, 0, 16)[:, None]
+    scale = torch.tensor(448.0 * 6.0) / x.abs().amax()
+    blocks = x.unflatten(-1, (-1, 16))
+    amax = blocks.abs().amax(-1, keepdim=True)
+    stored = (scale * (amax * (torch.ones(()) / 6))).clamp(max=448.0).to(torch.float8_e4m3fn)
+    factor = torch.where(stored.float() == 0, 0.0, (stored.float() * scale.reciprocal()).reciprocal())
+    code = e2m1_codes(E2M1(), blocks * factor).flatten(-2)
+    quantizer = nvfp4_quantizer(GlobalScale.QUANTIZATION)
+    data, block_scale = reference(FusedSpec(NoPrologue(), quantizer), x, given=scale.reshape(1))
+    assert torch.equal(block_scale.view(torch.uint8), stored.squeeze(-1).view(torch.uint8))
+    assert (block_scale.float() == 0).any()
+    assert torch.equal(data, code[:, ::2] | code[:, 1::2] << 4)
 
 
 @pytest.mark.parametrize("global_scale", [False, True])
@@ -175,10 +187,9 @@ def test_torchao_nvfp4_agrees_byte_for_byte(global_scale):
     module = pytest.importorskip("torchao.prototype.mx_formats.nvfp4_tensor")
     x = (torch.randn(64, 128) * torch.logspace(-6, 6, 64)[:, None]).to(torch.bfloat16)
     given = module.per_tensor_amax_to_scale(x.abs().amax()) if global_scale else None
+    direction = GlobalScale.DEQUANTIZATION if global_scale else GlobalScale.NONE
     scale, data = module.nvfp4_quantize(x, 16, given)
-    ours, block = reference(
-        FusedSpec(NoPrologue(), nvfp4_quantizer(global_scale=global_scale, divides=True)), x, given=given
-    )
+    ours, block = reference(FusedSpec(NoPrologue(), nvfp4_quantizer(direction, divides=True)), x, given=given)
     assert torch.equal(block.view(torch.uint8), scale.reshape(block.shape).view(torch.uint8))
     assert torch.equal(ours, data.view(torch.uint8).reshape(ours.shape))
 
