@@ -13,11 +13,12 @@ import torch
 from torch import fx
 
 from . import inductor
+from .cast_transpose import CastTransposeSpec
 from .failures import during
+from .kernels import cast_transpose
 from .kernels.launch import finish, launch_into_buffers, written
 from .patterns.values import aten, prims, tensor
 from .sites import FusedSite
-from .specs import FusedSpec
 
 _KERNEL_DEVICES = ("cuda",)
 
@@ -31,9 +32,9 @@ def lower(graph: fx.Graph, sites: Sequence[FusedSite]) -> None:
             continue
         with during("lower", site):
             inputs = _tensor_inputs(site.op)
-            key = (site.spec, tuple(_meta(n) for n in inputs))
+            key = (site.op.target, site.op.args[len(inputs) :], tuple(_meta(n) for n in inputs))
             if key not in traced:
-                traced[key] = _trace(graph, site.spec, inputs)
+                traced[key] = _trace(graph, site, inputs)
             _splice(graph, site.op, inputs, traced[key])
 
 
@@ -43,7 +44,11 @@ def _on_gpu(op: fx.Node) -> bool:
 
 def _tensor_inputs(op: fx.Node) -> tuple[fx.Node | None, ...]:
     """The op's arguments before its spec; an absent tensor is None."""
-    return tuple(op.args[:-1])  # type: ignore[arg-type]
+    return tuple(op.args[: 1 if _transposes(op) else -1])  # type: ignore[arg-type]
+
+
+def _transposes(op: fx.Node) -> bool:
+    return op.target is torch.ops.fusion_pass.cast_transpose.default
 
 
 def _meta(node: fx.Node | None) -> Any:
@@ -53,11 +58,16 @@ def _meta(node: fx.Node | None) -> Any:
     return (value.dtype, value.device, *map(str, value.shape), "strides", *map(str, value.stride()))
 
 
-def _trace(graph: fx.Graph, spec: FusedSpec, inputs: Sequence[fx.Node | None]) -> fx.GraphModule:
+def _trace(graph: fx.Graph, site: FusedSite, inputs: Sequence[fx.Node | None]) -> fx.GraphModule:
     """The launch as a graph of allocations and functional kernel nodes, over the inputs that are present."""
     values = [n.meta["val"] for n in inputs if n is not None]
 
+    assert site.op is not None
+    spec, op = site.spec, site.op
+
     def run(*present: torch.Tensor) -> list[torch.Tensor]:
+        if _transposes(op):
+            return _cast_transpose(present[0], *op.args[1:])
         remaining = iter(present)
         x, *others, given = [None if n is None else next(remaining) for n in inputs]
         assert x is not None
@@ -71,6 +81,14 @@ def _trace(graph: fx.Graph, spec: FusedSpec, inputs: Sequence[fx.Node | None]) -
         module = inductor.make_fx(run)(*values)
     module.graph.eliminate_dead_code()
     return module  # type: ignore[no-any-return]
+
+
+def _cast_transpose(x: torch.Tensor, *arguments: Any) -> list[torch.Tensor]:
+    spec = CastTransposeSpec.of_arguments(*arguments)
+    buffers = inductor.functional_launch(
+        lambda wrap: cast_transpose.launch_into_buffers(spec, x, wrap), cast_transpose.written
+    )
+    return cast_transpose.finish(spec, buffers)
 
 
 def _splice(graph: fx.Graph, op: fx.Node, inputs: Sequence[fx.Node | None], module: fx.GraphModule) -> None:

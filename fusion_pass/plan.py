@@ -36,6 +36,7 @@ from .patterns.values import FLOATS, Values, cast_dtype, dtype, same_shape, same
 from .sites import FusedSite, Miss, Report, location
 from .specs import FusedSpec, Granularity, NoPrologue, Quantizer, ScaleLayout
 from .terms import Term, kind
+from .transposes import read_in_place
 
 # A prologue search that matched fewer operations than this saw an ordinary producer, not an unknown norm.
 _NEAR_MISS = 2
@@ -103,6 +104,7 @@ class _Planner:
             for value, group in self._groups().items():
                 with during("plan", group):
                     self.report.fused += self._plan_group(value, group)
+            self.report.fused = read_in_place(self.report.fused, self.values)
         return self.report
 
     def _groups(self) -> dict[fx.Node, _Group]:

@@ -10,6 +10,7 @@ import torch
 from torch import fx
 
 from . import inductor, ops
+from .cast_transpose import LINEAR, CastTransposeSpec
 from .failures import during
 from .patterns.values import Values, aten, dtype, is_pure, same_shape, same_size, shape, tensor
 from .sites import FusedSite
@@ -56,9 +57,7 @@ class _Editor:
         # After the last input; the sort that follows moves users behind it.
         after = max(inputs, key=lambda n: self.order[n])
         self.cursor = after
-        x, other, weight, given = self._present(site, inputs)
-        arguments = {NoPrologue: (x,), RMSNorm: (x, other, weight), GatedActivation: (x, other)}[type(site.prologue)]
-        site.op = self._call(ops.OPS[type(site.prologue)], (*arguments, given, site.spec.encode()))
+        site.op = self._transposing(site, *inputs) if site.by_columns or site.columns else self._fused(site, inputs)
         site.op.meta["stack_trace"] = next(
             (n.meta["stack_trace"] for n in site.nodes if n.meta.get("stack_trace")), None
         )
@@ -73,6 +72,19 @@ class _Editor:
         for value in (site.sum, site.value):
             if value is not None:
                 self._replace(self.values.origins(value), next(remaining))
+        if site.columns is not None:
+            assert site.columns.scale is not None
+            self._replace(self.values.origins(site.columns.codes), next(remaining))
+            self._replace_scale(site.columns.scale, next(remaining))
+
+    def _fused(self, site: FusedSite, inputs: list[fx.Node]) -> fx.Node:
+        x, other, weight, given = self._present(site, inputs)
+        arguments = {NoPrologue: (x,), RMSNorm: (x, other, weight), GatedActivation: (x, other)}[type(site.prologue)]
+        return self._call(ops.OPS[type(site.prologue)], (*arguments, given, site.spec.encode()))
+
+    def _transposing(self, site: FusedSite, matrix: fx.Node) -> fx.Node:
+        spec = CastTransposeSpec(site.quantizer, None if site.by_columns else LINEAR)
+        return self._call(torch.ops.fusion_pass.cast_transpose.default, (matrix, *spec.arguments()))
 
     def _as_stored(self, copy: fx.Node, scale: fx.Node) -> fx.Node:
         """Scales in the dtype of the copy they replace: packed exponents are read as words."""

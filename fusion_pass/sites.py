@@ -42,6 +42,8 @@ class FusedSite:
         sum, value: the values of the residual sum and of the prologue, if the graph reads them elsewhere.
         nodes: the operations it stands for, the quantizing cast first.
         shared_by: how many quantizing casts of the graph this one op serves.
+        by_columns: whether it quantizes the transpose of x, which is a matrix.
+        columns: the site that quantizes the transpose of the same x, which the op serves as well.
     """
 
     spec: FusedSpec
@@ -64,6 +66,8 @@ class FusedSite:
     location: str = ""
     shape: tuple[Any, ...] = ()
     extras: tuple[str, ...] = ()
+    by_columns: bool = False
+    columns: FusedSite | None = None
 
     @property
     def prologue(self) -> Prologue:
@@ -80,9 +84,9 @@ class FusedSite:
     @property
     def name(self) -> str:
         """The site in one word, as counters name it: ``add_rms_norm_per_token``."""
-        return f"{prologue_name(self.prologue)}_{quantizer_name(self.quantizer)}" + (
-            "" if self.scale_layout is ScaleLayout.ROW else f"_{self.scale_layout.value}"
-        )
+        layout = "" if self.scale_layout is ScaleLayout.ROW else f"_{self.scale_layout.value}"
+        directions = "_by_columns" if self.by_columns else "_both_ways" if self.columns is not None else ""
+        return f"{prologue_name(self.prologue)}_{quantizer_name(self.quantizer)}{layout}{directions}"
 
     def __str__(self) -> str:
         shape = "x".join(map(str, self.shape))

@@ -199,3 +199,21 @@ def test_inductor_lowers_what_is_left(fn):
     for node in graph.nodes:
         if isinstance(node.target, torch._ops.OpOverload):
             assert node.target in lowerings, node
+
+
+def transposed(x):
+    codes = []
+    for matrix in (x, x.t().contiguous()):
+        blocks = matrix.float().unflatten(-1, (-1, 32))
+        biased = torch.clamp((blocks.abs().amax(-1, keepdim=True).view(torch.int32) >> 23) - 8, min=1)
+        scaled = (blocks / (biased << 23).view(torch.float32)).clamp(-448.0, 448.0)
+        codes += [scaled.to(torch.float8_e4m3fn).flatten(-2), biased.to(torch.uint8).squeeze(-1)]
+    return codes
+
+
+def test_a_matrix_and_its_transpose_are_one_launch():
+    report, graph = lowered(transposed, (64, 96))
+    assert [site.name for site in report.fused] == ["quant_mxfp8_both_ways"]
+    assert len(launches(graph)) == 1
+    assert not calls_fusion_pass(graph)
+    assert not any(node.target is torch.ops.aten.clone.default for node in graph.nodes)
