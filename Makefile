@@ -10,8 +10,9 @@ READY := $(VENV)/.ready
 demo: $(READY)
 	$(BIN)/python examples/llama_fp8.py
 
+# On as many cores as there are, if pytest-xdist is installed.
 test: $(READY)
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest $$($(BIN)/python -c 'import xdist; print("-n auto")' 2>/dev/null)
 	TRITON_INTERPRET=0 $(BIN)/python -m pytest tests/lowering
 
 # The tests with every torch that is supported, each in an environment of its own (5 GB, under build/), and a table of
