@@ -201,6 +201,35 @@ def ue8m0(x):
     return (grouped * (1.0 / scale.unsqueeze(-1))).to(spelled.E4M3).flatten(-2), scale
 
 
+READ_ON_THE_WAY = {
+    "an exponent as int32": lambda amax, biased, scale: biased,
+    "float64": lambda amax, biased, scale: scale.double() * 3,
+    "a mask": lambda amax, biased, scale: amax > 1.0,
+    "an exponent as a byte": lambda amax, biased, scale: biased.to(torch.uint8),
+    "the scale in bf16": lambda amax, biased, scale: scale.to(BF16),
+    "the amax": lambda amax, biased, scale: amax,
+}
+
+
+@pytest.mark.parametrize("also", [None, "scale"])
+@pytest.mark.parametrize("read", READ_ON_THE_WAY)
+def test_what_else_is_read_between_amax_and_scale(read, also, tensors):
+    """An op returns floats and bytes; of anything else the graph computes what it reads from what an op can return."""
+
+    def fn(x, r, w):
+        y = spelled.rms_norm(x, w).float()
+        amax = y.abs().amax(-1, keepdim=True).clamp(min=1e-10)
+        biased = (amax.view(torch.int32) >> 23) & 0xFF
+        scale = (biased << 23).view(torch.float32) / 256.0
+        codes = (y / scale).clamp(-448.0, 448.0).to(torch.float8_e4m3fn)
+        return codes, READ_ON_THE_WAY[read](amax, biased, scale), scale if also else 0
+
+    report, equal = fuse(fn, *tensors)
+    assert len(report.fused) == 1
+    assert not any(miss.kind == "failure" for miss in report.missed), report
+    assert equal.equal, equal
+
+
 @pytest.mark.parametrize("rows", [6, 3])
 def test_scales_are_transposed_as_one_matrix_or_several(rows, device):
     """x and its scales need not be matrices of the same rows."""
