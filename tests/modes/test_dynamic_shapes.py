@@ -77,3 +77,23 @@ def test_many_rows(device, backend, graphs):
     for rows in (2, 16384):
         check(compiled, fn, rows, device, lambda tensor: torch._dynamo.mark_dynamic(tensor, 0))
     assert graphs() == 1
+
+
+class Norm(torch.nn.Module):
+    def __init__(self, device):
+        super().__init__()
+        self.eps = 1e-6
+        self.weight = torch.nn.Parameter(torch.randn(WIDTH, device=device).to(torch.bfloat16), requires_grad=False)
+
+    def forward(self, x):
+        h = x.float()
+        h = h * torch.rsqrt(h.square().mean(-1, keepdim=True) + self.eps)
+        return spelled.per_token(self.weight * h.to(x.dtype))
+
+
+@pytest.mark.parametrize("specialized", [False, True])
+def test_an_eps_that_dynamo_makes_an_input_is_no_constant(specialized, device, backend, fused):
+    module, x = Norm(device), spelled.exact_rows(5, WIDTH, device=device)
+    with torch._dynamo.config.patch(specialize_float=specialized):
+        torch.compile(module, backend=backend, dynamic=True)(x)
+    assert ("rms_norm_per_token" in fused()) is specialized
