@@ -10,11 +10,11 @@ import torch
 from torch import fx
 
 from fusion_pass.e2m1 import e2m1_codes
-from fusion_pass.inductor import real_tensors
+from fusion_pass.inductor import known, real_tensors
 from fusion_pass.specs import E2M1, Sign, Ties
 
 from .intervals import Evaluator, Range, Unproved, concrete, leaf
-from .values import FLOATS, VIEWS, Values, aten, cast_dtype, dtype, shape, tensor
+from .values import FLOATS, VIEWS, Values, aten, cast_dtype, dtype, same_shape, shape, tensor
 
 _INTEGERS = (torch.uint8, torch.int32, torch.int64, torch.int16)
 _JOINS = (aten.bitwise_or.Tensor, aten.add.Tensor)
@@ -111,7 +111,7 @@ def _halves(node: fx.Node) -> tuple[_Half, _Half] | None:
         if not multiplied and not (shifted.target in _SHIFTS and shifted.args[1] == 4):
             continue
         even, odd = _every_other(low, 0), _every_other(shifted.args[0], 1)
-        if even is not None and odd is not None:
+        if even is not None and odd is not None and same_shape(shape(low), shape(high)):
             return even, (odd[0], (shifted, *odd[1]))
     return None
 
@@ -133,7 +133,9 @@ def _every_other(node: Any, parity: int) -> _Half | None:
         last = len(shape(source)) - 1  # type: ignore[arg-type]
         size = shape(source)[last]  # type: ignore[arg-type]
         whole = end is None or (isinstance(end, int) and isinstance(size, int) and end >= size) or end == 2**63 - 1
-        if dim in (last, -1) and (start or 0) == parity and step == 2 and whole and isinstance(source, fx.Node):
+        # Of rows of an odd length the parity changes from one to the next.
+        in_pairs = dim in (last, -1) and step == 2 and known(size % 2 == 0)
+        if in_pairs and whole and (start or 0) == parity and isinstance(source, fx.Node):
             return source, (taken,)
     if taken.target is aten.select.int:
         source, dim, index = taken.args
@@ -154,8 +156,12 @@ def _between(codes: fx.Node, values: Values) -> tuple[tuple[fx.Node, ...], fx.No
         if node in seen or node in sources or value is None:
             continue
         if _is_conversion(node):
+            varying = [n for n in node.all_input_nodes if concrete(values.core(n)) is None]
+            if not all(tensor(n) is not None and same_shape(shape(n), shape(node)) for n in varying):
+                # Elements of one are combined with other elements of another.
+                return (), None
             seen[node] = None
-            pending += node.all_input_nodes
+            pending += varying
         elif concrete(node) is None:
             sources.add(node)
     scaled = sources.pop() if len(sources) == 1 else None

@@ -19,7 +19,6 @@ from .values import FLOATS, Values, aten, cast_dtype, dtype, tensor
 
 _WIDTHS = {torch.int32: 32, torch.uint8: 8, torch.int64: 64, torch.int16: 16, torch.int8: 8, torch.bool: 1}
 _INT_MIN = -(2**31)
-_INFINITY_BITS = 0x7F800000
 
 
 @dataclass
@@ -210,24 +209,33 @@ def _bounded(a: Range, low: Range | None = None, high: Range | None = None) -> R
 
 
 def _masked(a: Range, b: Range) -> Range:
-    if not bool(b.exact.all()):
+    if not _is_one_number(b):
         a, b = b, a
-    mask = int(b.low[0])
-    if not bool(b.exact.all()):
-        raise Unproved("a mask that is no constant")
+    low, high = torch.full_like(a.low, _INT_MIN), torch.full_like(a.low, 2**31 - 1)
+    if _is_one_number(b):
+        low, high = _within_mask(a, int(b.low[0]), low, high)
+    exact, value = a.exact & b.exact, a.low & b.low
+    low, high = torch.where(exact, value, low), torch.where(exact, value, high)
+    return Range(low, high, exact | (low == high), a.nan | b.nan)
+
+
+def _is_one_number(a: Range) -> bool:
+    """Whether it is the same on all intervals; exact on each it may be without that, as a sign is."""
+    return bool(a.exact.all()) and bool((a.low == a.low[0]).all())
+
+
+def _within_mask(a: Range, mask: int, least: torch.Tensor, most: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """The bounds of a & mask; ``least`` and ``most`` where nothing is known."""
+    none = torch.zeros_like(a.low)
     if mask in (_INT_MIN, 2**31):
-        sign = torch.full_like(a.low, _INT_MIN)
-        low, high = torch.where(a.low < 0, sign, 0), torch.where(a.high < 0, sign, 0)
-    elif mask >= 0 and mask & (mask + 1) == 0:
-        kept = mask.bit_length()
-        same = (a.low >> kept) == (a.high >> kept)
-        low, high = torch.where(same, a.low & mask, 0), torch.where(same, a.high & mask, mask)
-    else:
-        low, high = torch.where(a.exact, a.low & mask, min(mask, 0)), torch.where(a.exact, a.low & mask, max(mask, -1))
-        if mask < 0:
-            low = torch.where(a.exact, low, _INT_MIN)
-            high = torch.where(a.exact, high, 2**31 - 1)
-    return Range(low, high, a.exact | (low == high), a.nan)
+        return torch.where(a.low < 0, least, none), torch.where(a.high < 0, least, none)
+    if mask < 0:
+        return least, most
+    if mask & (mask + 1):
+        return none, torch.full_like(none, mask)
+    kept = mask.bit_length()
+    same = (a.low >> kept) == (a.high >> kept)
+    return torch.where(same, a.low & mask, 0), torch.where(same, a.high & mask, mask)
 
 
 def _united(a: Range, b: Range) -> Range:

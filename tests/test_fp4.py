@@ -44,12 +44,17 @@ def by_bits(v):
     return (code | ((v.view(torch.int32) >> 28) & 8)).to(torch.uint8)
 
 
+def bounded_from_above_alone(v):
+    return bucketized(torch.clamp(v, None, 6.0))
+
+
 CONVERSIONS = {
     bucketized: E2M1(Ties.TOWARD_ZERO, Sign.NEGATIVE),
     bucketized_upwards: E2M1(Ties.AWAY, Sign.KEPT),
     counted: E2M1(Ties.AWAY, Sign.NEGATIVE, 0),
     signed_unless_zero: E2M1(Ties.TOWARD_ZERO, Sign.NONZERO),
     by_bits: E2M1(Ties.EVEN, Sign.KEPT),
+    bounded_from_above_alone: E2M1(Ties.TOWARD_ZERO, Sign.NEGATIVE),
 }
 
 
@@ -126,6 +131,17 @@ def another_sign(v):
     return torch.bucketize(v.abs(), torch.tensor(MIDPOINTS, device=v.device)) | (v <= 0).to(torch.int64) << 3
 
 
+def a_mask_of_the_sign(v):
+    """Which drops the sign of values below zero."""
+    return bucketized(v) & torch.where(v < 0, 7, 15)
+
+
+def compared_with_each_other(v):
+    """Every value with every other, not with itself."""
+    least = v.flatten().unsqueeze(-1) >= v.flatten().unsqueeze(0)
+    return bucketized(v).flatten().unsqueeze(0) | (least.to(torch.int64) & 0)
+
+
 def of_two_tensors(v):
     return torch.bucketize(v.abs(), torch.tensor(MIDPOINTS, device=v.device)) | (v.sin() < 0).to(torch.int64) << 3
 
@@ -149,6 +165,8 @@ def cast_to_integers(v):
         (a_threshold_off_by_one_ulp, "codes that are not those of E2M1"),
         (overflowing, "codes that are not those of E2M1"),
         (another_sign, "codes that are not those of E2M1"),
+        (a_mask_of_the_sign, "codes that are not those of E2M1"),
+        (compared_with_each_other, "codes of no single tensor of floats"),
         (of_two_tensors, "of which nothing can be proved"),
         (a_wider_code, "codes that are not those of E2M1"),
     ],
@@ -167,8 +185,9 @@ def test_look_alikes_do_not(convert, reason, device):
         lambda codes: codes[..., 1::2] | (codes[..., ::2] << 4),
         lambda codes: codes[..., ::2] | (codes[..., 1::2] << 3),
         lambda codes: codes[..., :48] | (codes[..., 48:] << 4),
+        lambda codes: codes.reshape(-1, 3)[:, ::2] | (codes.reshape(-1, 3)[:, 1::2] << 4),
     ],
-    ids=["odd first", "three bits", "halves"],
+    ids=["odd first", "three bits", "halves", "odd rows"],
 )
 def test_other_packings_do_not(pack, device):
     fn, x = mxfp4(bucketized, pack), values(device)
