@@ -16,7 +16,7 @@ _ALIGNED = (ScaleLayout.TMA, ScaleLayout.PACKED)
 
 def aligned_rows(layout: ScaleLayout, rows: Any) -> Any:
     """The distance of two columns, in rows."""
-    return _ceil(rows, TMA_ROWS) if layout in _ALIGNED else rows
+    return ceil_to(rows, TMA_ROWS) if layout in _ALIGNED else rows
 
 
 def allocated(layout: ScaleLayout, rows: Any, groups: int) -> list[Any]:
@@ -26,9 +26,9 @@ def allocated(layout: ScaleLayout, rows: Any, groups: int) -> list[Any]:
     if layout is ScaleLayout.PACKED:
         return [-(-groups // 4), aligned_rows(layout, rows), 4]
     if layout is ScaleLayout.BLOCKED:
-        return [_ceil(rows, 128) * _ceil(groups, 4)]
+        return [ceil_to(rows, 128) * ceil_to(groups, 4)]
     if layout is ScaleLayout.SHUFFLED:
-        return [_ceil(rows, 32) * _ceil(groups, 8)]
+        return [ceil_to(rows, 32) * ceil_to(groups, 8)]
     return [groups, aligned_rows(layout, rows)]
 
 
@@ -51,13 +51,14 @@ def address(layout: ScaleLayout, m: Any, g: Any, rows: Any, groups: int) -> Any:
     if layout is ScaleLayout.PACKED:
         return (g // 4 * aligned_rows(layout, rows) + m) * 4 + g % 4
     if layout is ScaleLayout.BLOCKED:
-        tile = m // 128 * (_ceil(groups, 4) // 4) + g // 4
+        tile = m // 128 * (ceil_to(groups, 4) // 4) + g // 4
         return tile * 512 + m % 32 * 16 + m % 128 // 32 * 4 + g % 4
     if layout is ScaleLayout.SHUFFLED:
-        tile = m // 32 * 32 * _ceil(groups, 8) + g // 8 * 256
+        tile = m // 32 * 32 * ceil_to(groups, 8) + g // 8 * 256
         return tile + g % 4 * 64 + m % 16 * 4 + g % 8 // 4 * 2 + m % 32 // 16
     return g * aligned_rows(layout, rows) + m
 
 
-def _ceil(size: Any, multiple: int) -> Any:
+def ceil_to(size: Any, multiple: int) -> Any:
+    """``size`` rounded up to a multiple of ``multiple``."""
     return (size + multiple - 1) // multiple * multiple

@@ -11,7 +11,8 @@ from typing import Any, NamedTuple
 
 import torch
 
-from .layouts import BLOCKED_PADDING, MX_SHUFFLED_PADDING, ceil_to
+from .addresses import ceil_to
+from .layouts import BLOCKED_PADDING, MX_SHUFFLED_PADDING
 from .specs import CAST_DTYPES, FusedSpec, NoPrologue, Quantizer, SpecError, decode
 
 

@@ -25,10 +25,9 @@ from collections.abc import Sequence
 import torch
 import torch.nn.functional as F  # noqa: N812
 
+from .addresses import TMA_ROWS, ceil_to
 from .checks import require, require_dims
 
-# The tensor memory accelerator wants columns that start at multiples of 16 bytes: 4 values of float32 or int32.
-_TMA_ROWS = 4
 _WORD_GROUPS = 4
 _SCALE_BYTES = (torch.uint8, torch.float8_e8m0fnu)
 _BLOCKED_BYTES = (*_SCALE_BYTES, torch.float8_e4m3fn)
@@ -38,11 +37,6 @@ _NAN_BYTE = 255
 
 MX_SHUFFLED_PADDING = 127
 BLOCKED_PADDING = 0
-
-
-def ceil_to(size: int, multiple: int) -> int:
-    """``size`` rounded up to a multiple of ``multiple``."""
-    return -(-size // multiple) * multiple
 
 
 def _require_dtype(name: str, tensor: torch.Tensor, allowed: Sequence[torch.dtype]) -> None:
@@ -130,7 +124,7 @@ def pack_tma_aligned(scale: torch.Tensor) -> torch.Tensor:
     """
     require_dims("scale", scale, "(M, G)")
     _require_dtype("scale", scale, [torch.float32])
-    return _columns(scale, ceil_to(scale.shape[0], _TMA_ROWS))
+    return _columns(scale, ceil_to(scale.shape[0], TMA_ROWS))
 
 
 def unpack_tma_aligned(packed: torch.Tensor) -> torch.Tensor:
@@ -141,7 +135,7 @@ def unpack_tma_aligned(packed: torch.Tensor) -> torch.Tensor:
     """
     require_dims("packed", packed, "(M, G)")
     _require_dtype("packed", packed, [torch.float32])
-    _require_strides("packed", packed, (1, ceil_to(packed.shape[0], _TMA_ROWS)))
+    _require_strides("packed", packed, (1, ceil_to(packed.shape[0], TMA_ROWS)))
     return _dense(packed)
 
 
@@ -237,7 +231,7 @@ def pack_ue8m0_words(scale: torch.Tensor) -> torch.Tensor:
     shifts = torch.arange(0, 32, 8, dtype=torch.int32, device=scale.device)
     # Each bit is set by one byte only: the sum in int64 carries nothing, and narrowing keeps the low 32 bits.
     words = (padded.long() << shifts).sum(-1).to(torch.int32)
-    return _columns(words, ceil_to(rows, _TMA_ROWS))
+    return _columns(words, ceil_to(rows, TMA_ROWS))
 
 
 def unpack_ue8m0_words(packed: torch.Tensor, groups: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
@@ -255,7 +249,7 @@ def unpack_ue8m0_words(packed: torch.Tensor, groups: int, dtype: torch.dtype = t
     _require_dtype("packed", packed, [torch.int32])
     allowed = f"{-(-groups // _WORD_GROUPS)} words per row for {groups} groups"
     require(packed.shape[1] == -(-groups // _WORD_GROUPS), "shape of packed", tuple(packed.shape), allowed)
-    _require_strides("packed", packed, (1, ceil_to(packed.shape[0], _TMA_ROWS)))
+    _require_strides("packed", packed, (1, ceil_to(packed.shape[0], TMA_ROWS)))
     require(dtype in (torch.float32, torch.uint8), "dtype", dtype, "torch.float32, torch.uint8")
     shifts = torch.arange(0, 32, 8, dtype=torch.int32, device=packed.device)
     byte = (packed.unsqueeze(-1) >> shifts & 0xFF).to(torch.uint8)

@@ -5,11 +5,10 @@ from __future__ import annotations
 from torch import fx
 
 from .cast_transpose import supports
-from .patterns.values import FLOATS, Values, aten, dtype, shape
+from .patterns.layouts import swaps_last_two
+from .patterns.values import FLOATS, Values, dtype, shape
 from .sites import FusedSite
 from .specs import NoPrologue, ScaleLayout
-
-_TRANSPOSES = (aten.permute.default, aten.transpose.int, aten.t.default, aten.mT.default)
 
 
 def read_in_place(sites: list[FusedSite], values: Values) -> list[FusedSite]:
@@ -44,11 +43,7 @@ def _is_plain(site: FusedSite) -> bool:
 def _transposed_matrix(site: FusedSite, values: Values) -> fx.Node | None:
     """The matrix whose transpose a site quantizes, if it is one of whole blocks both ways."""
     core = values.core(site.x)
-    if core.target not in _TRANSPOSES or len(shape(core)) != 2 or dtype(core) not in FLOATS:
-        return None
-    if core.target is aten.permute.default and [int(dim) % 2 for dim in core.args[1]] != [1, 0]:  # type: ignore[union-attr, arg-type]
-        return None
-    if core.target is aten.transpose.int and int(core.args[1]) % 2 == int(core.args[2]) % 2:  # type: ignore[arg-type]
+    if dtype(core) not in FLOATS or len(shape(core)) != 2 or not swaps_last_two(core):
         return None
     matrix, group = core.args[0], site.quantizer.group
     assert isinstance(matrix, fx.Node)

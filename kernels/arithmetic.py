@@ -76,8 +76,7 @@ if INTERPRETED:
         _by_torch, (torch.round, torch.ceil, torch.floor, torch.log2, torch.exp2)
     )
 
-    def nearest_away(x):
-        return _by_torch(lambda t: torch.where((t - t.trunc()).abs() >= 0.5, t.trunc() + t.sign(), t.trunc()))(x)
+    nearest_away = _by_torch(lambda t: torch.where((t - t.trunc()).abs() >= 0.5, t.trunc() + t.sign(), t.trunc()))
 
     def power_of_two(x):
         return _from_torch(torch.pow(2.0, _to_torch(x)), x.dtype.scalar)
@@ -85,8 +84,7 @@ if INTERPRETED:
     def integer(x):
         return _from_torch(_to_torch(x).to(torch.int32), tl.int32)
 
-    def silu_of_bf16(x):
-        return silu(x)
+    silu_of_bf16 = silu
 
     def packed_product(x, y):
         return _from_torch(_to_torch(x) * _to_torch(y), x.dtype.scalar)

@@ -69,7 +69,7 @@ def column_copies(uses: Uses, rows: tuple[Any, ...], groups: int) -> tuple[fx.No
     """The contiguous copies of ``scale.transpose(-1, -2)``, for any number of rows, symbolic ones too."""
     copies: list[fx.Node] = []
     for presentation, user in uses:
-        if not _swaps_last_two(user) or not same_shape(shape(presentation), (*rows, groups)):
+        if not swaps_last_two(user) or not same_shape(shape(presentation), (*rows, groups)):
             return ()
         if not user.users or not all(_is_contiguous_copy(copy) for copy in user.users):
             return ()
@@ -146,7 +146,8 @@ def _order(node: fx.Node, rank: int) -> list[int] | None:
     return order
 
 
-def _swaps_last_two(node: fx.Node) -> bool:
+def swaps_last_two(node: fx.Node) -> bool:
+    """Whether node is the transpose of matrices."""
     if node.target not in _PERMUTES:
         return False
     rank = len(shape(node))
