@@ -36,3 +36,29 @@ def test_kernels_are_launched_by_generated_code(rows, dynamic):
     called = code[code.index("def call(") :]
     assert called.count("fused_quant_kernel") == 3
     assert "torch.ops.fusion_pass" not in called
+
+
+def mxfp8(x):
+    blocks = x.float().unflatten(-1, (-1, 32))
+    biased = torch.clamp((blocks.abs().amax(-1, keepdim=True).view(torch.int32) >> 23) - 8, min=1)
+    scaled = blocks / (biased << 23).view(torch.float32)
+    return scaled.clamp(-448.0, 448.0).to(torch.float8_e4m3fn).flatten(-2), biased.to(torch.uint8).squeeze(-1)
+
+
+def both_ways(x):
+    return (*mxfp8(x * 2), *mxfp8((x * 2).t().contiguous()))
+
+
+def by_columns(x):
+    return mxfp8(x.t().contiguous())
+
+
+@pytest.mark.parametrize("fn", [both_ways, by_columns])
+def test_a_matrix_and_its_transpose_are_one_launch(fn):
+    x = torch.randn(96, 320, device="cuda").to(BF16)
+    with fusion_pass.enabled(strict=True):
+        fused, (code, *_) = run_and_get_code(torch.compile(fn, dynamic=False), x)
+    assert compare(tuple(fused), tuple(fn(x))).equal
+    called = code[code.index("def call(") :]
+    assert called.count("cast_transpose_kernel") == 1
+    assert "torch.ops.fusion_pass" not in called
