@@ -160,23 +160,28 @@ class _Editor:
             self.replaced[node] = view
 
     def _sizes(self, node: fx.Node) -> list[Any]:
-        """node's sizes as arguments of a view: at most one may be symbolic and is inferred, more are read from the node."""
-        sizes = shape(node)
-        symbolic = [i for i, s in enumerate(sizes) if isinstance(s, torch.SymInt)]
-        if len(symbolic) <= 1:
-            return [-1 if i in symbolic else s for i, s in enumerate(sizes)]
-        return [self._size_of(node, i) if i in symbolic else s for i, s in enumerate(sizes)]
+        """node's sizes as arguments of a view: at most one symbolic size is inferred, more are read from tensors."""
+        sizes: list[Any] = list(shape(node))
+        unread = [i for i, size in enumerate(sizes) if isinstance(size, torch.SymInt)]
+        for dim in unread[:]:
+            source = self._source_of(node, dim) if len(unread) > 1 else None
+            if source is not None:
+                sizes[dim] = self._call(aten.sym_size.int, source)
+                unread.remove(dim)
+        if len(unread) > 1:
+            raise RuntimeError(f"no tensors have the symbolic sizes {[sizes[dim] for dim in unread]} of {node.name}")
+        return [-1 if i in unread else size for i, size in enumerate(sizes)]
 
-    def _size_of(self, node: fx.Node, dim: int) -> fx.Node:
-        """A node for one symbolic size: of an input or output of the op, never of the node that goes away."""
+    def _source_of(self, node: fx.Node, dim: int) -> tuple[fx.Node, int] | None:
+        """A tensor and its dim of that size: an input or output of the op, never the node that goes away or a view."""
         for candidate in reversed(list(self.order)):
             value = tensor(candidate)
             if value is None or candidate is node or self.order[candidate] > self.order[self.cursor]:
                 continue
             for i, size in enumerate(value.shape):
                 if same_size(size, shape(node)[dim]) and not self.values.is_transparent(candidate):
-                    return self._call(aten.sym_size.int, (candidate, i))
-        raise RuntimeError(f"no tensor has the symbolic size {shape(node)[dim]} of {node.name}")
+                    return candidate, i
+        return None
 
     def _call(self, target: Any, args: tuple[Any, ...]) -> fx.Node:
         with self.graph.inserting_after(self.cursor):

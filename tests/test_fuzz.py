@@ -71,3 +71,11 @@ def test_other_strides_are_noticed(monkeypatch):
     monkeypatch.setattr(plan, "_contiguous", lambda *nodes: True)
     with pytest.raises(DifferenceError, match="has strides"):
         check(program)
+
+
+@ON_CPU
+def test_a_size_that_only_views_have():
+    """Found by fuzzing: the rows of a flattened expansion, twice a symbol, are no tensor's size but a view's."""
+    steps = (Step("norm"), Step("view", spelling=22), Step("quantize"))
+    report = check(Program(steps, shape=(2, 3, 256), values="integers", dynamic=True))
+    assert len(report.fused) == 1
