@@ -66,7 +66,7 @@ if INTERPRETED:
     def times(x, y):
         return x * y
 
-    def reciprocal_root(x):
+    def reciprocal_root(x, NORMAL):
         return tl.math.rsqrt(x)
 
     def root(x):
@@ -95,7 +95,10 @@ if INTERPRETED:
         bits = tl.max(x.to(tl.int32, bitcast=True) & 0x7FFFFFFF, AXIS, keep_dims=True)
         return bits.to(tl.float32, bitcast=True)
 
-    def sum_of_squares(x, GROUP, N):
+    def whole_amax(x, WARPS):
+        return amax(x, 2)
+
+    def sum_of_squares(x, GROUP, N, WARPS):
         rows = _to_torch(x)[:, :, : int(GROUP)].flatten(1)[:, : int(N)]
         return _from_torch(rows.square().sum(1)[:, None, None], tl.float32)
 
@@ -188,9 +191,16 @@ else:
         return tl.inline_asm_elementwise("mul.rn.f32 $0, $1, $2;", "=f,f,f", [x, y], tl.float32, is_pure=True, pack=1)
 
     @triton.jit
-    def reciprocal_root(x):
-        """CUDA's rsqrtf, which is the instruction that does not flush subnormals; tl.math.rsqrt and libdevice's do."""
-        return tl.inline_asm_elementwise("rsqrt.approx.f32 $0, $1;", "=f,f", [x], tl.float32, is_pure=True, pack=1)
+    def reciprocal_root(x, NORMAL: tl.constexpr):
+        """CUDA's rsqrtf, which is the instruction that does not flush subnormals; where NORMAL says none come, the short one.
+
+        tl.math.rsqrt and libdevice's flush them.
+        """
+        if NORMAL:
+            r = tl.inline_asm_elementwise("rsqrt.approx.ftz.f32 $0, $1;", "=f,f", [x], tl.float32, is_pure=True, pack=1)
+        else:
+            r = tl.inline_asm_elementwise("rsqrt.approx.f32 $0, $1;", "=f,f", [x], tl.float32, is_pure=True, pack=1)
+        return r
 
     @triton.jit
     def root(x):
@@ -241,9 +251,14 @@ else:
         return x.to(tl.int32)
 
     @triton.jit
-    def sum_of_squares(x, GROUP: tl.constexpr, N: tl.constexpr):
+    def sum_of_squares(x, GROUP: tl.constexpr, N: tl.constexpr, WARPS: tl.constexpr):
         """The sum of squares of each row of a (rows, groups, lanes) tile whose lanes beyond the row are zero."""
-        return tl.sum(tl.sum(x * x, 2, keep_dims=True), 1, keep_dims=True)
+        if WARPS is None:
+            total = tl.sum(tl.sum(x * x, 2, keep_dims=True), 1, keep_dims=True)
+        else:
+            by_warp = tl.sum(tl.sum(tl.sum(in_warps(x * x, WARPS), 0), 2), 1)
+            total = tl.full([1, 1, 1], 0.0, tl.float32) + over_warps(by_warp, WARPS, False)
+        return total
 
     @triton.jit
     def divide(y, s, ORDINARY: tl.constexpr):
@@ -256,18 +271,28 @@ else:
         -r so that a zero quotient keeps the sign of y.
 
         ORDINARY promises that s is from 2^-80 to 2^126, infinite or NaN. Other scales are brought nearer to 1 together
-        with y: where that loses bits of y, the code is zero. With s zero or infinite, y * (1/s) already is y / s.
+        with y: where that loses bits of y, the code is zero. With s zero y / s is y times infinity.
         """
         if not ORDINARY:
             up = tl.where(s < 8.673617379884035e-19, 1.2379400392853803e27, 1.0)
             shift = tl.where(s > 1.2676506002282294e30, 5.421010862427522e-20, up)
             s = s * shift
             y = y * shift
-        r = tl.math.div_rn(tl.full(s.shape, 1.0, tl.float32), s)
         # An infinite scale has r = 0: with 0 for s as well, the correction is a zero of the quotient's sign.
-        factor = tl.broadcast_to(tl.where(s == float("inf"), 0.0, s), y.shape)
-        corrected = corrected_product(y, tl.broadcast_to(r, y.shape), factor)
-        return corrected if ORDINARY else tl.where(s == 0.0, y * r, corrected)
+        finite = tl.where(s == float("inf"), 0.0, s)
+        r = tl.broadcast_to(reciprocal(s, finite), y.shape)
+        factor = tl.broadcast_to(finite, y.shape)
+        corrected = corrected_product(y, r, factor)
+        return corrected if ORDINARY else tl.where(s == 0.0, y * float("inf"), corrected)
+
+    @triton.jit
+    def reciprocal(s, finite):
+        """The correctly rounded 1 / s, for s from 2^-80 to 2^126, infinite or NaN; ``finite`` is s, or 0 for an infinite one.
+
+        One Newton step from the instruction's approximation, as CUDA's own __frcp_rn takes where no exponent is extreme.
+        """
+        r = tl.inline_asm_elementwise("rcp.approx.ftz.f32 $0, $1;", "=f,f", [s], tl.float32, is_pure=True, pack=1)
+        return tl.fma(tl.fma(finite * -1.0, r, tl.full(s.shape, 1.0, tl.float32)), r, r)
 
     @triton.jit
     def corrected_product(y, r, s):
@@ -301,6 +326,38 @@ else:
     def amax(x, AXIS: tl.constexpr):
         """max(|x|) of a f32 tile along AXIS, kept as an axis of one. NaN if any value is, as torch.amax."""
         return tl.reduce(tl.abs(x), AXIS, greater, keep_dims=True)
+
+    @triton.jit
+    def in_warps(x, WARPS: tl.constexpr):
+        """A tile of one row as (pieces, warps, threads, vectors), the way a load of it distributes its values."""
+        VALUES: tl.constexpr = x.shape[1] * x.shape[2]
+        VECTOR: tl.constexpr = min(VALUES // (32 * WARPS), 16)
+        return tl.reshape(x, (VALUES // (32 * WARPS * VECTOR), WARPS, 32, VECTOR))
+
+    @triton.jit
+    def over_warps(by_warp, WARPS: tl.constexpr, LARGEST: tl.constexpr):
+        """The sum or the LARGEST of one value per warp: each thread reads all, one exchange where tl.reduce takes two."""
+        if WARPS == 1:
+            value = tl.sum(by_warp, 0)
+        else:
+            even, odd = tl.split(tl.reshape(by_warp, (WARPS // 2, 2)))
+            if LARGEST:
+                value = over_warps(greater(even, odd), WARPS // 2, LARGEST)
+            else:
+                value = over_warps(even + odd, WARPS // 2, LARGEST)
+        return value
+
+    @triton.jit
+    def whole_amax(x, WARPS: tl.constexpr):
+        """max(|x|) of each row of a (rows, 1, lanes) tile."""
+        if WARPS is None:
+            peak = amax(x, 2)
+        else:
+            by_thread = tl.reduce(tl.reduce(in_warps(tl.abs(x), WARPS), 0, greater), 2, greater)
+            # Magnitudes order as their bits, NaN above infinity; across a warp, integers take one instruction.
+            by_warp = tl.max(by_thread.to(tl.int32, bitcast=True), 1).to(tl.float32, bitcast=True)
+            peak = tl.full([1, 1, 1], 0.0, tl.float32) + over_warps(by_warp, WARPS, True)
+        return peak
 
 
 @triton.jit
@@ -389,48 +446,41 @@ def pack_nibbles(code):
     return (low | (high << 4)).to(tl.uint8)
 
 
-@triton.jit
-def codes(
-    y,
-    factor,
-    DIVIDES: tl.constexpr,
-    ORDINARY: tl.constexpr,
-    QUOTIENT_ROUNDING: tl.constexpr,
-    WHOLE: tl.constexpr,
-    ADDS_ZERO: tl.constexpr,
-    CLAMP_LOW: tl.constexpr,
-    CLAMP: tl.constexpr,
-    LARGEST: tl.constexpr,
-    OVERFLOW: tl.constexpr,
-    TIES: tl.constexpr,
-    SIGN: tl.constexpr,
-    NAN_CODE: tl.constexpr,
-    dtype: tl.constexpr,
-):
-    """cast(clamp(round(y / factor))), or with DIVIDES false cast(clamp(round(y * factor))); factor broadcasts against y.
+@triton.constexpr_function
+def named(constants, name):
+    """The value that goes with ``name`` in a tuple of pairs."""
+    return dict(constants)[name]
 
-    OVERFLOW None: the cast saturates, or the clamp leaves it nothing to saturate. TIES, SIGN and NAN_CODE: of FP4 codes,
-    which come as int32, one per element.
+
+@triton.jit
+def codes(y, factor, CODES: tl.constexpr, dtype: tl.constexpr):
+    """cast(clamp(round(y / factor))), or unless CODES divide cast(clamp(round(y * factor))); factor broadcasts against y.
+
+    FP4 codes come in pairs, as bytes. In CODES, OVERFLOW None says that the cast saturates, or that the clamp leaves it
+    nothing to saturate, and TIES None that the codes are not FP4.
     """
-    if DIVIDES:
-        q = divide(y, factor, ORDINARY)
+    if named(CODES, "DIVIDES"):
+        q = divide(y, factor, named(CODES, "ORDINARY"))
     else:
         q = y * factor
-    q = round_to(q, QUOTIENT_ROUNDING)
+    q = round_to(q, named(CODES, "QUOTIENT_ROUNDING"))
+    WHOLE: tl.constexpr = named(CODES, "WHOLE")
     if WHOLE == "nearest_even":
         q = nearest_even(q)
     elif WHOLE == "half_away":
         q = nearest_away(q)
-    if ADDS_ZERO:
+    if named(CODES, "ADDS_ZERO"):
         q = tl.where(q == 0.0, 0.0, q)
-    if CLAMP is not None:
-        q = tl.clamp(q, CLAMP_LOW, CLAMP, propagate_nan=tl.PropagateNan.ALL)
+    if named(CODES, "CLAMP") is not None:
+        q = tl.clamp(q, named(CODES, "CLAMP_LOW"), named(CODES, "CLAMP"), propagate_nan=tl.PropagateNan.ALL)
+    OVERFLOW: tl.constexpr = named(CODES, "OVERFLOW")
+    TIES: tl.constexpr = named(CODES, "TIES")
     if TIES is not None:
-        code = e2m1_code(q, TIES, SIGN, NAN_CODE)
+        code = pack_nibbles(e2m1_code(q, TIES, named(CODES, "SIGN"), named(CODES, "NAN_CODE")))
     elif dtype == tl.uint8:
         code = cast_fnuz(q, OVERFLOW)
     elif OVERFLOW is not None:
-        code = cast_overflowing(q, LARGEST, OVERFLOW, dtype)
+        code = cast_overflowing(q, named(CODES, "LARGEST"), OVERFLOW, dtype)
     else:
         code = cast(q, dtype)
     return code

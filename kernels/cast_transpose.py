@@ -15,11 +15,10 @@ from fusion_pass.cast_transpose import BlockScales, CastTransposeSpec, Placement
 from fusion_pass.layouts import pack_blocked, pack_mfma_shuffled, pack_mx_shuffled
 from fusion_pass.specs import FusedSpec, NoPrologue, Quantizer
 
-from .arithmetic import amax, cast, codes, pack_nibbles
-from .fused_quant import load, scale_address
+from .arithmetic import amax, cast, named
+from .fused_quant import load, quantized, scale_address
 from .launch import as_codes, quantizer_constants, rows_of, storable
 from .reference import reference
-from .scale_program import evaluate
 
 # Measured on an H200 among tiles of 32 to 128 by 32 to 128.
 _TILE_ROWS = 32
@@ -50,18 +49,7 @@ def quantize_tile(
     LAYOUT: tl.constexpr,
     SHUFFLED: tl.constexpr,
     PROGRAM: tl.constexpr,
-    DIVIDES: tl.constexpr,
-    ORDINARY: tl.constexpr,
-    QUOTIENT_ROUNDING: tl.constexpr,
-    WHOLE: tl.constexpr,
-    ADDS_ZERO: tl.constexpr,
-    CLAMP_LOW: tl.constexpr,
-    CLAMP: tl.constexpr,
-    LARGEST: tl.constexpr,
-    OVERFLOW: tl.constexpr,
-    TIES: tl.constexpr,
-    SIGN: tl.constexpr,
-    NAN_CODE: tl.constexpr,
+    CODES: tl.constexpr,
 ):
     """Quantize blocks of GROUP values along the rows of a f32 tile of a (ROWS, COLUMNS) matrix, at the given corner."""
     R: tl.constexpr = x.shape[0]
@@ -70,32 +58,15 @@ def quantize_tile(
     groups = (first_column // GROUP + tl.arange(0, G))[None, :, None]
     blocks = tl.reshape(x, (R, G, GROUP))
     peak = amax(blocks, 2)
-    factor, scale = evaluate(peak, tl.full(peak.shape, 0.0, tl.float32), PROGRAM)
     present = (rows < ROWS) & (groups < COLUMNS // GROUP)
-    factor = tl.where(present, factor, 1.0)
-    code = codes(
-        blocks,
-        factor,
-        DIVIDES,
-        ORDINARY,
-        QUOTIENT_ROUNDING,
-        WHOLE,
-        ADDS_ZERO,
-        CLAMP_LOW,
-        CLAMP,
-        LARGEST,
-        OVERFLOW,
-        TIES,
-        SIGN,
-        NAN_CODE,
-        code_ptr.dtype.element_ty,
-    )
-    if TIES is None:
+    given = tl.full(peak.shape, 0.0, tl.float32)
+    code, scale = quantized(blocks, peak, given, present, PROGRAM, CODES, code_ptr.dtype.element_ty)
+    if named(CODES, "TIES") is None:
         columns = groups * GROUP + tl.arange(0, GROUP)[None, None, :]
         tl.store(code_ptr + byte_address(rows, columns, COLUMNS, SHUFFLED), code, present)
     else:
         columns = groups * (GROUP // 2) + tl.arange(0, GROUP // 2)[None, None, :]
-        tl.store(code_ptr + byte_address(rows, columns, COLUMNS // 2, SHUFFLED), pack_nibbles(code), present)
+        tl.store(code_ptr + byte_address(rows, columns, COLUMNS // 2, SHUFFLED), code, present)
     if LAYOUT == "linear":
         at = rows * (COLUMNS // GROUP) + groups
     elif LAYOUT == "padded":
@@ -123,18 +94,7 @@ def cast_transpose_kernel(
     COLUMN_LAYOUT: tl.constexpr,
     COLUMN_SHUFFLED: tl.constexpr,
     PROGRAM: tl.constexpr,
-    DIVIDES: tl.constexpr,
-    ORDINARY: tl.constexpr,
-    QUOTIENT_ROUNDING: tl.constexpr,
-    WHOLE: tl.constexpr,
-    ADDS_ZERO: tl.constexpr,
-    CLAMP_LOW: tl.constexpr,
-    CLAMP: tl.constexpr,
-    LARGEST: tl.constexpr,
-    OVERFLOW: tl.constexpr,
-    TIES: tl.constexpr,
-    SIGN: tl.constexpr,
-    NAN_CODE: tl.constexpr,
+    CODES: tl.constexpr,
 ):
     """One program: a TILE_ROWS x TILE_COLUMNS tile of x (M, N). Pointers of an unwanted direction are None."""
     first_row = tl.program_id(0).to(tl.int64) * TILE_ROWS
@@ -155,18 +115,7 @@ def cast_transpose_kernel(
             ROW_LAYOUT,
             ROW_SHUFFLED,
             PROGRAM,
-            DIVIDES,
-            ORDINARY,
-            QUOTIENT_ROUNDING,
-            WHOLE,
-            ADDS_ZERO,
-            CLAMP_LOW,
-            CLAMP,
-            LARGEST,
-            OVERFLOW,
-            TIES,
-            SIGN,
-            NAN_CODE,
+            CODES,
         )
     if column_code_ptr is not None:
         quantize_tile(
@@ -181,18 +130,7 @@ def cast_transpose_kernel(
             COLUMN_LAYOUT,
             COLUMN_SHUFFLED,
             PROGRAM,
-            DIVIDES,
-            ORDINARY,
-            QUOTIENT_ROUNDING,
-            WHOLE,
-            ADDS_ZERO,
-            CLAMP_LOW,
-            CLAMP,
-            LARGEST,
-            OVERFLOW,
-            TIES,
-            SIGN,
-            NAN_CODE,
+            CODES,
         )
 
 

@@ -13,7 +13,7 @@ from .arithmetic import (
     codes,
     gelu,
     gelu_tanh,
-    pack_nibbles,
+    named,
     reciprocal_root,
     root,
     round_to,
@@ -23,6 +23,7 @@ from .arithmetic import (
     silu_of_bf16,
     sum_of_squares,
     times,
+    whole_amax,
 )
 from .scale_program import evaluate
 
@@ -48,10 +49,11 @@ def mean_of_squares(squares, M, N: tl.constexpr, MEAN: tl.constexpr):
 
 
 @triton.jit
-def root_factor(variance, ROOT: tl.constexpr, ROOT_ROUNDING: tl.constexpr):
+def root_factor(variance, PROLOGUE: tl.constexpr):
     """What x is multiplied with, or with ROOT ``divide_sqrt`` divided by."""
+    ROOT: tl.constexpr = named(PROLOGUE, "ROOT")
     if ROOT == "rsqrt":
-        factor = round_to(reciprocal_root(variance), ROOT_ROUNDING)
+        factor = round_to(reciprocal_root(variance, named(PROLOGUE, "EPS") >= 1e-37), named(PROLOGUE, "ROOT_ROUNDING"))
     elif ROOT == "reciprocal_sqrt":
         factor = tl.math.div_rn(tl.full(variance.shape, 1.0, tl.float32), root(variance))
     else:
@@ -60,22 +62,16 @@ def root_factor(variance, ROOT: tl.constexpr, ROOT_ROUNDING: tl.constexpr):
 
 
 @triton.jit
-def normalized(
-    x,
-    factor,
-    weight,
-    ROOT: tl.constexpr,
-    ONE_PLUS: tl.constexpr,
-    INNER_ROUNDING: tl.constexpr,
-    PRODUCT_ROUNDING: tl.constexpr,
-):
+def normalized(x, factor, weight, PROLOGUE: tl.constexpr):
     """x over its root mean square, times weight, rounded where the spec says."""
-    if ROOT == "divide_sqrt":
+    INNER_ROUNDING: tl.constexpr = named(PROLOGUE, "INNER_ROUNDING")
+    PRODUCT_ROUNDING: tl.constexpr = named(PROLOGUE, "PRODUCT_ROUNDING")
+    if named(PROLOGUE, "ROOT") == "divide_sqrt":
         x = tl.math.div_rn(x, tl.broadcast_to(factor, x.shape))
     else:
         x *= factor
     if weight is not None:
-        if ONE_PLUS:
+        if named(PROLOGUE, "ONE_PLUS"):
             weight = cast(weight, tl.float32) + 1.0
         x = rounded_product(x, weight, INNER_ROUNDING, PRODUCT_ROUNDING)
     else:
@@ -84,19 +80,14 @@ def normalized(
 
 
 @triton.jit
-def gated_activation(
-    gate,
-    up,
-    OF_BF16: tl.constexpr,
-    ACTIVATION: tl.constexpr,
-    ALPHA: tl.constexpr,
-    LIMIT: tl.constexpr,
-    OFFSET: tl.constexpr,
-    SIGMOID_ROUNDING: tl.constexpr,
-    INNER_ROUNDING: tl.constexpr,
-    PRODUCT_ROUNDING: tl.constexpr,
-):
+def gated_activation(gate, up, OF_BF16: tl.constexpr, PROLOGUE: tl.constexpr):
     """activation(gate) * up, bounded, shifted and rounded where the spec says; gate is f32, and OF_BF16 if it was bf16."""
+    ACTIVATION: tl.constexpr = named(PROLOGUE, "ACTIVATION")
+    LIMIT: tl.constexpr = named(PROLOGUE, "LIMIT")
+    OFFSET: tl.constexpr = named(PROLOGUE, "OFFSET")
+    SIGMOID_ROUNDING: tl.constexpr = named(PROLOGUE, "SIGMOID_ROUNDING")
+    INNER_ROUNDING: tl.constexpr = named(PROLOGUE, "INNER_ROUNDING")
+    PRODUCT_ROUNDING: tl.constexpr = named(PROLOGUE, "PRODUCT_ROUNDING")
     if LIMIT is not None:
         gate = tl.where(gate > LIMIT, LIMIT, gate)
     if ACTIVATION == "silu" and OF_BF16 and INNER_ROUNDING == "bf16":
@@ -105,8 +96,8 @@ def gated_activation(
         active = silu(gate)
     elif ACTIVATION == "sigmoid_product":
         scaled = gate
-        if ALPHA != 1.0:
-            scaled = round_to(gate * ALPHA, SIGMOID_ROUNDING)
+        if named(PROLOGUE, "ALPHA") != 1.0:
+            scaled = round_to(gate * named(PROLOGUE, "ALPHA"), SIGMOID_ROUNDING)
         active = gate * round_to(sigmoid(scaled), SIGMOID_ROUNDING)
     elif ACTIVATION == "sigmoid":
         active = sigmoid(gate)
@@ -164,49 +155,44 @@ def prologue_value(
     M,
     N: tl.constexpr,
     GROUP: tl.constexpr,
+    WARPS: tl.constexpr,
     OF_BF16: tl.constexpr,
     PROLOGUE: tl.constexpr,
-    EPS: tl.constexpr,
-    MEAN: tl.constexpr,
-    ROOT: tl.constexpr,
-    ONE_PLUS: tl.constexpr,
-    ROOT_ROUNDING: tl.constexpr,
-    GATE: tl.constexpr,
-    GATED_ROUNDING: tl.constexpr,
-    SUM_ROUNDING: tl.constexpr,
-    INNER_ROUNDING: tl.constexpr,
-    PRODUCT_ROUNDING: tl.constexpr,
-    ACTIVATION: tl.constexpr,
-    ALPHA: tl.constexpr,
-    LIMIT: tl.constexpr,
-    OFFSET: tl.constexpr,
-    SIGMOID_ROUNDING: tl.constexpr,
 ):
     """What is quantized, of a f32 tile x of (rows, groups, lanes); a norm's is of whole rows and stores its residual sum."""
-    if PROLOGUE == "norm":
+    KIND: tl.constexpr = named(PROLOGUE, "KIND")
+    if KIND == "norm":
+        GATE: tl.constexpr = named(PROLOGUE, "GATE")
         if GATE is None and other_ptr is not None:
             x += load(other_ptr, other_at, mask)
             if sum_ptr is not None:
                 tl.store(sum_ptr + out_at, cast(x, sum_ptr.dtype.element_ty), mask)
-            x = round_to(x, SUM_ROUNDING)
-        mean = mean_of_squares(sum_of_squares(x, GROUP, N), M, N, MEAN)
-        factor = root_factor(mean + EPS, ROOT, ROOT_ROUNDING)
-        x = normalized(x, factor, weight, ROOT, ONE_PLUS, INNER_ROUNDING, PRODUCT_ROUNDING)
+            x = round_to(x, named(PROLOGUE, "SUM_ROUNDING"))
+        mean = mean_of_squares(sum_of_squares(x, GROUP, N, WARPS), M, N, named(PROLOGUE, "MEAN"))
+        x = normalized(x, root_factor(mean + named(PROLOGUE, "EPS"), PROLOGUE), weight, PROLOGUE)
         if GATE is not None:
             gate = load(other_ptr, other_at, mask)
             if GATE == "silu":
                 gate = silu(gate)
             else:
                 gate = sigmoid(gate)
-            x = round_to(x * gate, GATED_ROUNDING)
-    if PROLOGUE == "gated":
+            x = round_to(x * gate, named(PROLOGUE, "GATED_ROUNDING"))
+    if KIND == "gated":
         up = None
         if other_ptr is not None:
             up = tl.load(other_ptr + other_at, mask, other=0.0)
-        x = gated_activation(
-            x, up, OF_BF16, ACTIVATION, ALPHA, LIMIT, OFFSET, SIGMOID_ROUNDING, INNER_ROUNDING, PRODUCT_ROUNDING
-        )
+        x = gated_activation(x, up, OF_BF16, PROLOGUE)
     return x
+
+
+@triton.jit
+def quantized(x, peak, given, present, PROGRAM: tl.constexpr, CODES: tl.constexpr, dtype: tl.constexpr):
+    """The codes and the scales of a f32 tile of (rows, groups, lanes), from amaxes and a given scalar of one shape."""
+    factor, scale = evaluate(peak, given, PROGRAM)
+    if present is not None:
+        # The lanes of absent rows and groups must not send the tile's quotients the slow way.
+        factor = tl.where(present, factor, 1.0)
+    return codes(x, factor, CODES, dtype), scale
 
 
 @triton.jit
@@ -224,25 +210,18 @@ def store_quantized(
     scale_rows,
     N: tl.constexpr,
     GROUP: tl.constexpr,
+    WARPS: tl.constexpr,
     PEAK: tl.constexpr,
     PROGRAM: tl.constexpr,
-    DIVIDES: tl.constexpr,
-    ORDINARY: tl.constexpr,
-    QUOTIENT_ROUNDING: tl.constexpr,
-    WHOLE: tl.constexpr,
-    ADDS_ZERO: tl.constexpr,
-    CLAMP_LOW: tl.constexpr,
-    CLAMP: tl.constexpr,
-    LARGEST: tl.constexpr,
-    OVERFLOW: tl.constexpr,
-    TIES: tl.constexpr,
-    SIGN: tl.constexpr,
-    NAN_CODE: tl.constexpr,
+    CODES: tl.constexpr,
     LAYOUT: tl.constexpr,
 ):
     """Quantize a f32 tile of (rows, groups, lanes), and store its codes and scales."""
     if PEAK == "group":
-        peak = amax(x, 2)
+        if x.shape[1] == 1:
+            peak = whole_amax(x, WARPS)
+        else:
+            peak = amax(x, 2)
     else:
         peak = tl.full([1, 1, 1], 0.0, tl.float32)
     if PEAK == "load":
@@ -250,34 +229,16 @@ def store_quantized(
     given = tl.full(peak.shape, 0.0, tl.float32)
     if given_ptr is not None:
         given += tl.load(given_ptr).to(tl.float32)
-    factor, scale = evaluate(peak, given, PROGRAM)
     present = (rows < M) & (groups < N // GROUP)
-    if PEAK == "group":
-        # The lanes of absent rows and groups must not send the tile's quotients the slow way.
-        factor = tl.where(present, factor, 1.0)
-    code = codes(
-        x,
-        factor,
-        DIVIDES,
-        ORDINARY,
-        QUOTIENT_ROUNDING,
-        WHOLE,
-        ADDS_ZERO,
-        CLAMP_LOW,
-        CLAMP,
-        LARGEST,
-        OVERFLOW,
-        TIES,
-        SIGN,
-        NAN_CODE,
-        code_ptr.dtype.element_ty,
+    code, scale = quantized(
+        x, peak, given, present if PEAK == "group" else None, PROGRAM, CODES, code_ptr.dtype.element_ty
     )
-    if TIES is None:
+    if named(CODES, "TIES") is None:
         tl.store(code_ptr + rows * N + groups * GROUP + lanes, code, mask)
     else:
         pairs = tl.arange(0, lanes.shape[2] // 2)[None, None, :]
         at = rows * (N // 2) + groups * (GROUP // 2) + pairs
-        tl.store(code_ptr + at, pack_nibbles(code), present & (pairs < GROUP // 2))
+        tl.store(code_ptr + at, code, present & (pairs < GROUP // 2))
     if scale_ptr is not None:
         if PEAK != "group":
             at = tl.full([1, 1, 1], 0, tl.int32)
@@ -310,37 +271,12 @@ def fused_quant_kernel(
     GROUPS: tl.constexpr,
     LANES: tl.constexpr,
     STEPS: tl.constexpr,
+    WARPS: tl.constexpr,
     OF_BF16: tl.constexpr,
-    PROLOGUE: tl.constexpr,
-    EPS: tl.constexpr,
-    MEAN: tl.constexpr,
-    ROOT: tl.constexpr,
-    ONE_PLUS: tl.constexpr,
-    ROOT_ROUNDING: tl.constexpr,
-    GATE: tl.constexpr,
-    GATED_ROUNDING: tl.constexpr,
-    SUM_ROUNDING: tl.constexpr,
-    INNER_ROUNDING: tl.constexpr,
-    PRODUCT_ROUNDING: tl.constexpr,
-    ACTIVATION: tl.constexpr,
-    ALPHA: tl.constexpr,
-    LIMIT: tl.constexpr,
-    OFFSET: tl.constexpr,
-    SIGMOID_ROUNDING: tl.constexpr,
     PEAK: tl.constexpr,
+    PROLOGUE: tl.constexpr,
     PROGRAM: tl.constexpr,
-    DIVIDES: tl.constexpr,
-    ORDINARY: tl.constexpr,
-    QUOTIENT_ROUNDING: tl.constexpr,
-    WHOLE: tl.constexpr,
-    ADDS_ZERO: tl.constexpr,
-    CLAMP_LOW: tl.constexpr,
-    CLAMP: tl.constexpr,
-    LARGEST: tl.constexpr,
-    OVERFLOW: tl.constexpr,
-    TIES: tl.constexpr,
-    SIGN: tl.constexpr,
-    NAN_CODE: tl.constexpr,
+    CODES: tl.constexpr,
     LAYOUT: tl.constexpr,
 ):
     """One program: STEPS tiles below each other, of ROWS rows x GROUPS groups x LANES >= GROUP values.
@@ -352,8 +288,10 @@ def fused_quant_kernel(
     (M, N // GROUP), or consecutive matrices in LAYOUT, each for ``scale_rows`` rows; one value if a tensor shares it. Absent
     tensors and what goes with them are None.
 
+    WARPS is the number of warps where a tile is one row, whose values :func:`in_warps` knows how to find in them; else None.
     PEAK says where the amax comes from: each ``group`` of the tile; ``none`` is needed; or one that the whole tensor shares,
     in two launches: the first adds its tiles to it (``store``) and writes no codes, the second reads it (``load``).
+    PROLOGUE and CODES are pairs of names and values, PROGRAM what lies between amax and scale: see launch.py.
     """
     first = (tl.program_id(0).to(tl.int64) * (ROWS * STEPS) + tl.arange(0, ROWS))[:, None, None]
     groups = (tl.program_id(1) * GROUPS + tl.arange(0, GROUPS))[None, :, None]
@@ -382,23 +320,9 @@ def fused_quant_kernel(
             M,
             N,
             GROUP,
+            WARPS,
             OF_BF16,
             PROLOGUE,
-            EPS,
-            MEAN,
-            ROOT,
-            ONE_PLUS,
-            ROOT_ROUNDING,
-            GATE,
-            GATED_ROUNDING,
-            SUM_ROUNDING,
-            INNER_ROUNDING,
-            PRODUCT_ROUNDING,
-            ACTIVATION,
-            ALPHA,
-            LIMIT,
-            OFFSET,
-            SIGMOID_ROUNDING,
         )
         if PEAK == "store":
             bits = tl.max(amax(tl.where(mask, x, 0.0), 2).to(tl.int32, bitcast=True), 1)
@@ -420,19 +344,9 @@ def fused_quant_kernel(
                 scale_rows,
                 N,
                 GROUP,
+                WARPS,
                 PEAK,
                 PROGRAM,
-                DIVIDES,
-                ORDINARY,
-                QUOTIENT_ROUNDING,
-                WHOLE,
-                ADDS_ZERO,
-                CLAMP_LOW,
-                CLAMP,
-                LARGEST,
-                OVERFLOW,
-                TIES,
-                SIGN,
-                NAN_CODE,
+                CODES,
                 LAYOUT,
             )

@@ -133,6 +133,14 @@ def group_length(spec: FusedSpec, row: int) -> int:
     return row if _whole_rows(spec) else min(triton.next_power_of_2(row), _TILE_VALUES)
 
 
+def _in_warps(spec: FusedSpec, row: int, config: LaunchConfig) -> bool:
+    """Whether a tile is one row of which each thread of several warps reads whole vectors of 16 values or all it reads."""
+    one_row = config.rows == 1 and _whole_rows(spec) and row % 16 == 0
+    contiguous = config.groups == 1 or (config.lanes == group_length(spec, row) and config.lanes >= 16)
+    enough = config.groups * config.lanes >= 32 * config.warps > 32
+    return one_row and contiguous and enough and spec.quantizer.e2m1 is None
+
+
 def check_row(spec: FusedSpec, row: int) -> None:
     """Raise ValueError if no kernel takes rows of ``row`` values."""
     group = spec.quantizer.group
@@ -203,6 +211,7 @@ def launch_into_buffers(
         "GROUPS": config.groups,
         "LANES": config.lanes,
         "STEPS": config.steps,
+        "WARPS": config.warps if _in_warps(spec, row, config) else None,
         "OF_BF16": x.dtype is torch.bfloat16 and _approximations_tested(x.device),
         "PEAK": "group" if spec.quantizer.needs_amax else "none",
         **constants(spec),
@@ -332,28 +341,15 @@ def _overflow(quantizer: Quantizer) -> int | None:
 @cache
 def constants(spec: FusedSpec) -> dict[str, Any]:
     """The compile-time arguments that follow from the spec alone."""
-    prologue, quantizer = spec.prologue, spec.quantizer
-    arguments: dict[str, Any] = {
-        "PROLOGUE": "none",
-        "EPS": 0.0,
-        "MEAN": "divide",
-        "ROOT": "rsqrt",
-        "ONE_PLUS": False,
-        "ROOT_ROUNDING": "f32",
-        "GATE": None,
-        "GATED_ROUNDING": "f32",
-        "SUM_ROUNDING": "f32",
-        "INNER_ROUNDING": "f32",
-        "PRODUCT_ROUNDING": "f32",
-        "ACTIVATION": None,
-        "ALPHA": 1.0,
-        "LIMIT": None,
-        "OFFSET": 0.0,
-        "SIGMOID_ROUNDING": "f32",
-    }
+    prologue = tuple(_prologue_constants(spec).items())
+    return {"PROLOGUE": prologue, **quantizer_constants(spec.quantizer), "LAYOUT": spec.layout.value}
+
+
+def _prologue_constants(spec: FusedSpec) -> dict[str, Any]:
+    prologue = spec.prologue
     if isinstance(prologue, RMSNorm):
-        arguments |= {
-            "PROLOGUE": "norm",
+        return {
+            "KIND": "norm",
             "EPS": prologue.eps,
             "MEAN": prologue.mean.value,
             "ROOT": prologue.root.value,
@@ -365,9 +361,9 @@ def constants(spec: FusedSpec) -> dict[str, Any]:
             "INNER_ROUNDING": DTYPE_NAMES[prologue.normalized],
             "PRODUCT_ROUNDING": DTYPE_NAMES[prologue.product],
         }
-    elif isinstance(prologue, GatedActivation):
-        arguments |= {
-            "PROLOGUE": "gated",
+    if isinstance(prologue, GatedActivation):
+        return {
+            "KIND": "gated",
             "INNER_ROUNDING": DTYPE_NAMES[prologue.activated],
             "PRODUCT_ROUNDING": DTYPE_NAMES[prologue.product],
             "ACTIVATION": prologue.activation.value,
@@ -376,17 +372,15 @@ def constants(spec: FusedSpec) -> dict[str, Any]:
             "OFFSET": prologue.offset,
             "SIGMOID_ROUNDING": DTYPE_NAMES[prologue.inner],
         }
-    return arguments | quantizer_constants(quantizer) | {"LAYOUT": spec.layout.value}
+    return {"KIND": "none"}
 
 
 @cache
 def quantizer_constants(quantizer: Quantizer) -> dict[str, Any]:
     """The compile-time arguments that follow from the quantizer alone."""
     by_reciprocal = _has_exact_reciprocal(quantizer)
-    return {
-        "PROGRAM": program(
-            Term("reciprocal", (quantizer.factor,)) if by_reciprocal else quantizer.factor, quantizer.scale
-        ),
+    factor = Term("reciprocal", (quantizer.factor,)) if by_reciprocal else quantizer.factor
+    codes = {
         "DIVIDES": quantizer.divides and not by_reciprocal,
         "ORDINARY": _ordinary(quantizer),
         "QUOTIENT_ROUNDING": DTYPE_NAMES[quantizer.quotient],
@@ -400,3 +394,4 @@ def quantizer_constants(quantizer: Quantizer) -> dict[str, Any]:
         "SIGN": None if quantizer.e2m1 is None else quantizer.e2m1.sign.value,
         "NAN_CODE": None if quantizer.e2m1 is None else quantizer.e2m1.nan_code,
     }
+    return {"PROGRAM": program(factor, quantizer.scale), "CODES": tuple(codes.items())}

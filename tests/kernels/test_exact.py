@@ -5,6 +5,9 @@ import itertools
 
 import pytest
 import torch
+import triton
+import triton.language as tl
+from fusion_pass.kernels import arithmetic
 from fusion_pass.kernels import launch as launching
 from fusion_pass.kernels.launch import configure, launch, rows_of
 from fusion_pass.kernels.reference import reference
@@ -250,6 +253,23 @@ def test_the_corrected_quotient_is_the_correctly_rounded_one(device):
     x = torch.where(x.isfinite(), x, 1.0)
     spec = FusedSpec(NoPrologue(), Quantizer.dynamic(group=32, scale_rule=native(device)[0]))
     assert compare(launch(spec, x, None, None), reference(spec, x, None, None)).equal
+
+
+@triton.jit
+def reciprocals(s_ptr, out_ptr, SIZE: tl.constexpr):
+    at = tl.program_id(0) * SIZE + tl.arange(0, SIZE)
+    s = tl.load(s_ptr + at)
+    tl.store(out_ptr + at, arithmetic.reciprocal(s, s))
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="approximate instructions are the GPU's")
+def test_every_reciprocal_is_correctly_rounded():
+    mantissas = torch.arange(1 << 23, device="cuda", dtype=torch.int32)
+    for exponent in range(-80, 126):
+        s = (mantissas | (exponent + 127) << 23).view(F32)
+        found = torch.empty_like(s)
+        reciprocals[(s.numel() // 1024,)](s, found, 1024)
+        assert torch.equal(found, s.reciprocal()), exponent
 
 
 @pytest.mark.parametrize("dtype", [BF16, F16], ids=str)
