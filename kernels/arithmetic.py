@@ -86,8 +86,17 @@ if INTERPRETED:
 
     silu_of_bf16 = silu
 
+    def widened(x):
+        return cast(x, tl.float32)
+
+    def rounded_to_bf16(x):
+        return cast(cast(x, tl.bfloat16), tl.float32)
+
     def packed_product(x, y):
         return _from_torch(_to_torch(x) * _to_torch(y), x.dtype.scalar)
+
+    def packed_sum(x, y):
+        return _from_torch(_to_torch(x) + _to_torch(y), x.dtype.scalar)
 
     @triton.jit
     def amax(x, AXIS: tl.constexpr):
@@ -108,6 +117,29 @@ else:
     def cast(x, dtype: tl.constexpr):
         """x in ``dtype``, rounded to nearest even; fp8 codes saturate and keep NaN."""
         return x.to(dtype)
+
+    @triton.jit
+    def widened(x):
+        """x in float32. Both halves of a register are unpacked by one instruction each, where Triton's cast takes three."""
+        if x.dtype == tl.bfloat16:
+            wide = tl.inline_asm_elementwise(
+                "shl.b32 $0, $2, 16; and.b32 $1, $2, 0xffff0000;", "=f,=f,r", [x], tl.float32, is_pure=True, pack=2
+            )
+        else:
+            wide = cast(x, tl.float32)
+        return wide
+
+    @triton.jit
+    def rounded_to_bf16(x):
+        """The f32 tile x rounded to bf16, in float32: two values by three instructions."""
+        return tl.inline_asm_elementwise(
+            "{ .reg .b32 t; cvt.rn.bf16x2.f32 t, $3, $2; shl.b32 $0, t, 16; and.b32 $1, t, 0xffff0000; }",
+            "=f,=f,f,f",
+            [x],
+            tl.float32,
+            is_pure=True,
+            pack=2,
+        )
 
     @triton.jit
     def silu(x):
@@ -131,15 +163,39 @@ else:
     @triton.jit
     def packed_product(x, y):
         """The rounded products of two bf16 or two f16 tiles, which their exact products in f32 round to as well."""
+        # A product is a sum with -0: bf16 has had that instruction for longer than one of its own for products.
         if x.dtype == tl.bfloat16:
             product = tl.inline_asm_elementwise(
-                "mul.rn.bf16x2 $0, $1, $2;", "=r,r,r", [x, y], tl.bfloat16, is_pure=True, pack=2
+                "{ .reg .b32 c; mov.b32 c, 0x80008000; fma.rn.bf16x2 $0, $1, $2, c; }",
+                "=r,r,r",
+                [x, y],
+                tl.bfloat16,
+                is_pure=True,
+                pack=2,
             )
         else:
             product = tl.inline_asm_elementwise(
                 "mul.rn.f16x2 $0, $1, $2;", "=r,r,r", [x, y], tl.float16, is_pure=True, pack=2
             )
         return product
+
+    @triton.jit
+    def packed_sum(x, y):
+        """The rounded sums of two bf16 or two f16 tiles; rounding them to f32 first would change nothing."""
+        if x.dtype == tl.bfloat16:
+            total = tl.inline_asm_elementwise(
+                "{ .reg .b32 c; mov.b32 c, 0x3f803f80; fma.rn.bf16x2 $0, $1, c, $2; }",
+                "=r,r,r",
+                [x, y],
+                tl.bfloat16,
+                is_pure=True,
+                pack=2,
+            )
+        else:
+            total = tl.inline_asm_elementwise(
+                "add.rn.f16x2 $0, $1, $2;", "=r,r,r", [x, y], tl.float16, is_pure=True, pack=2
+            )
+        return total
 
     @triton.jit
     def sigmoid(x):
@@ -256,7 +312,7 @@ else:
         if WARPS is None:
             total = tl.sum(tl.sum(x * x, 2, keep_dims=True), 1, keep_dims=True)
         else:
-            by_warp = tl.sum(tl.sum(tl.sum(in_warps(x * x, WARPS), 0), 2), 1)
+            by_warp = tl.sum(tl.sum(tl.sum(in_warps(x * x, WARPS), 3), 0), 1)
             total = tl.full([1, 1, 1], 0.0, tl.float32) + over_warps(by_warp, WARPS, False)
         return total
 
@@ -319,13 +375,18 @@ else:
         )
 
     @triton.jit
+    def magnitude(x):
+        """|x|, which tl.abs leaves to an instruction of its own where x is what inline assembly returned."""
+        return tl.inline_asm_elementwise("abs.f32 $0, $1;", "=f,f", [x], tl.float32, is_pure=True, pack=1)
+
+    @triton.jit
     def greater(a, b):
         return tl.maximum(a, b, propagate_nan=tl.PropagateNan.ALL)
 
     @triton.jit
     def amax(x, AXIS: tl.constexpr):
         """max(|x|) of a f32 tile along AXIS, kept as an axis of one. NaN if any value is, as torch.amax."""
-        return tl.reduce(tl.abs(x), AXIS, greater, keep_dims=True)
+        return tl.reduce(magnitude(x), AXIS, greater, keep_dims=True)
 
     @triton.jit
     def in_warps(x, WARPS: tl.constexpr):
@@ -353,7 +414,7 @@ else:
         if WARPS is None:
             peak = amax(x, 2)
         else:
-            by_thread = tl.reduce(tl.reduce(in_warps(tl.abs(x), WARPS), 0, greater), 2, greater)
+            by_thread = tl.reduce(tl.reduce(in_warps(magnitude(x), WARPS), 0, greater), 2, greater)
             # Magnitudes order as their bits, NaN above infinity; across a warp, integers take one instruction.
             by_warp = tl.max(by_thread.to(tl.int32, bitcast=True), 1).to(tl.float32, bitcast=True)
             peak = tl.full([1, 1, 1], 0.0, tl.float32) + over_warps(by_warp, WARPS, True)
@@ -364,19 +425,23 @@ else:
 def round_to(x, ROUNDING: tl.constexpr):
     """The f32 tile x rounded as a store to the given type and a load back would: f32, bf16 or f16 by name."""
     if ROUNDING == "bf16":
-        x = cast(cast(x, tl.bfloat16), tl.float32)
+        x = rounded_to_bf16(x)
     elif ROUNDING == "f16":
         x = cast(cast(x, tl.float16), tl.float32)
     return x
 
 
+@triton.constexpr_function
+def rounds_to(rounding, dtype):
+    """Whether a rounding is to that dtype of 16 bits."""
+    return dtype == {"bf16": tl.bfloat16, "f16": tl.float16}.get(rounding)
+
+
 @triton.jit
 def rounded_product(x, y, X_ROUNDING: tl.constexpr, ROUNDING: tl.constexpr):
     """The f32 tile x, rounded, times y of any dtype, rounded; two at a time where both are rounded to y's 16 bits."""
-    if (X_ROUNDING == "bf16" and ROUNDING == "bf16" and y.dtype == tl.bfloat16) or (
-        X_ROUNDING == "f16" and ROUNDING == "f16" and y.dtype == tl.float16
-    ):
-        product = cast(packed_product(cast(x, y.dtype), tl.broadcast_to(y, x.shape)), tl.float32)
+    if X_ROUNDING == ROUNDING and rounds_to(ROUNDING, y.dtype):
+        product = widened(packed_product(cast(x, y.dtype), tl.broadcast_to(y, x.shape)))
     else:
         product = round_to(round_to(x, X_ROUNDING) * cast(y, tl.float32), ROUNDING)
     return product

@@ -15,7 +15,7 @@ from fusion_pass.cast_transpose import BlockScales, CastTransposeSpec, Placement
 from fusion_pass.layouts import pack_blocked, pack_mfma_shuffled, pack_mx_shuffled
 from fusion_pass.specs import FusedSpec, NoPrologue, Quantizer
 
-from .arithmetic import amax, cast, named
+from .arithmetic import amax, cast, named, widened
 from .fused_quant import load, quantized, scale_address
 from .launch import as_codes, quantizer_constants, rows_of, storable
 from .reference import reference
@@ -101,7 +101,7 @@ def cast_transpose_kernel(
     first_column = tl.program_id(1).to(tl.int64) * TILE_COLUMNS
     rows = (first_row + tl.arange(0, TILE_ROWS))[:, None]
     columns = (first_column + tl.arange(0, TILE_COLUMNS))[None, :]
-    x = load(x_ptr, rows * x_stride + columns, (rows < M) & (columns < N))
+    x = widened(load(x_ptr + rows * x_stride + columns, (rows < M) & (columns < N)))
     if row_code_ptr is not None:
         quantize_tile(
             x,

@@ -14,23 +14,31 @@ from .arithmetic import (
     gelu,
     gelu_tanh,
     named,
+    packed_sum,
     reciprocal_root,
     root,
     round_to,
     rounded_product,
+    rounds_to,
     sigmoid,
     silu,
     silu_of_bf16,
     sum_of_squares,
     times,
     whole_amax,
+    widened,
 )
 from .scale_program import evaluate
 
 
 @triton.jit
-def load(ptr, offsets, mask):
-    return cast(tl.load(ptr + offsets, mask, other=0.0), tl.float32)
+def load(ptr, mask):
+    """What lies at the pointers, or zero outside the mask; a mask of None has everything inside."""
+    if mask is None:
+        x = tl.load(ptr)
+    else:
+        x = tl.load(ptr, mask, other=0.0)
+    return x
 
 
 @triton.jit
@@ -144,6 +152,37 @@ def scale_address(rows, groups, scale_rows, GROUPS, LAYOUT: tl.constexpr):
 
 
 @triton.jit
+def within(rows, M, inside, PROGRAM_ROWS: tl.constexpr):
+    """The mask of a tile: None if its program has one row, which is there, and all of whose lanes are inside."""
+    if PROGRAM_ROWS == 1:
+        mask = inside
+    elif inside is None:
+        mask = rows < M
+    else:
+        mask = (rows < M) & inside
+    return mask
+
+
+@triton.jit
+def residual_sum(x, other_ptr, sum_ptr, other_at, out_at, mask, ROUNDING: tl.constexpr):
+    """The f32 tile x + other, rounded, which is stored before it is rounded."""
+    other = load(other_ptr + other_at, mask)
+    if (
+        x.dtype == other.dtype
+        and rounds_to(ROUNDING, x.dtype)
+        and (sum_ptr is None or sum_ptr.dtype.element_ty == x.dtype)
+    ):
+        stored = packed_sum(x, other)
+        total = widened(stored)
+    else:
+        stored = widened(x) + widened(other)
+        total = round_to(stored, ROUNDING)
+    if sum_ptr is not None:
+        tl.store(sum_ptr + out_at, cast(stored, sum_ptr.dtype.element_ty), mask)
+    return total
+
+
+@triton.jit
 def prologue_value(
     x,
     weight,
@@ -159,19 +198,19 @@ def prologue_value(
     OF_BF16: tl.constexpr,
     PROLOGUE: tl.constexpr,
 ):
-    """What is quantized, of a f32 tile x of (rows, groups, lanes); a norm's is of whole rows and stores its residual sum."""
+    """What is quantized, in float32, of a tile x of (rows, groups, lanes); a norm's is of whole rows and stores its residual sum."""
     KIND: tl.constexpr = named(PROLOGUE, "KIND")
+    RESIDUAL: tl.constexpr = KIND == "norm" and named(PROLOGUE, "GATE") is None and other_ptr is not None
+    if RESIDUAL:
+        x = residual_sum(x, other_ptr, sum_ptr, other_at, out_at, mask, named(PROLOGUE, "SUM_ROUNDING"))
+    else:
+        x = widened(x)
     if KIND == "norm":
         GATE: tl.constexpr = named(PROLOGUE, "GATE")
-        if GATE is None and other_ptr is not None:
-            x += load(other_ptr, other_at, mask)
-            if sum_ptr is not None:
-                tl.store(sum_ptr + out_at, cast(x, sum_ptr.dtype.element_ty), mask)
-            x = round_to(x, named(PROLOGUE, "SUM_ROUNDING"))
         mean = mean_of_squares(sum_of_squares(x, GROUP, N, WARPS), M, N, named(PROLOGUE, "MEAN"))
         x = normalized(x, root_factor(mean + named(PROLOGUE, "EPS"), PROLOGUE), weight, PROLOGUE)
         if GATE is not None:
-            gate = load(other_ptr, other_at, mask)
+            gate = widened(load(other_ptr + other_at, mask))
             if GATE == "silu":
                 gate = silu(gate)
             else:
@@ -180,7 +219,7 @@ def prologue_value(
     if KIND == "gated":
         up = None
         if other_ptr is not None:
-            up = tl.load(other_ptr + other_at, mask, other=0.0)
+            up = load(other_ptr + other_at, mask)
         x = gated_activation(x, up, OF_BF16, PROLOGUE)
     return x
 
@@ -297,18 +336,21 @@ def fused_quant_kernel(
     groups = (tl.program_id(1) * GROUPS + tl.arange(0, GROUPS))[None, :, None]
     lanes = tl.arange(0, LANES)[None, None, :]
     columns = groups * GROUP + lanes
-    inside = (lanes < GROUP) & (columns < N)
-    upcoming = tl.load(x_ptr + first * x_stride + columns, (first < M) & inside, other=0.0)
+    # Masks cost an instruction for each register that a load fills.
+    FULL: tl.constexpr = LANES == GROUP and N % (GROUPS * GROUP) == 0
+    inside = None if FULL else (lanes < GROUP) & (columns < N)
+    upcoming = load(x_ptr + first * x_stride + columns, within(first, M, inside, ROWS * STEPS))
     weight = None
     if weight_ptr is not None:
-        weight = tl.load(weight_ptr + columns, inside, other=0.0)
+        weight = load(weight_ptr + columns, inside)
     for step in tl.range(STEPS):
         rows = first + step * ROWS
-        mask = (rows < M) & inside
-        x = cast(upcoming, tl.float32)
+        mask = within(rows, M, inside, ROWS * STEPS)
+        x = upcoming
         if STEPS > 1:
             ahead = rows + ROWS
-            upcoming = tl.load(x_ptr + ahead * x_stride + columns, (ahead < M) & (step + 1 < STEPS) & inside, other=0.0)
+            ahead_inside = within(ahead, M, inside, ROWS * STEPS) & (step + 1 < STEPS)
+            upcoming = load(x_ptr + ahead * x_stride + columns, ahead_inside)
         x = prologue_value(
             x,
             weight,
@@ -325,7 +367,9 @@ def fused_quant_kernel(
             PROLOGUE,
         )
         if PEAK == "store":
-            bits = tl.max(amax(tl.where(mask, x, 0.0), 2).to(tl.int32, bitcast=True), 1)
+            if mask is not None:
+                x = tl.where(mask, x, 0.0)
+            bits = tl.max(amax(x, 2).to(tl.int32, bitcast=True), 1)
             tl.atomic_max(amax_ptr, tl.max(tl.max(bits, 1), 0))
         else:
             if value_ptr is not None:
