@@ -424,8 +424,11 @@ else:
 @triton.jit
 def round_to(x, ROUNDING: tl.constexpr):
     """The f32 tile x rounded as a store to the given type and a load back would: f32, bf16 or f16 by name."""
-    if ROUNDING == "bf16":
+    if ROUNDING == "bf16" and x.shape[2] > 1:
         x = rounded_to_bf16(x)
+    elif ROUNDING == "bf16":
+        # One value per row is no pair.
+        x = cast(cast(x, tl.bfloat16), tl.float32)
     elif ROUNDING == "f16":
         x = cast(cast(x, tl.float16), tl.float32)
     return x

@@ -343,14 +343,13 @@ def fused_quant_kernel(
     weight = None
     if weight_ptr is not None:
         weight = load(weight_ptr + columns, inside)
-    for step in tl.range(STEPS):
+    for step in tl.static_range(STEPS):
         rows = first + step * ROWS
         mask = within(rows, M, inside, ROWS * STEPS)
         x = upcoming
-        if STEPS > 1:
+        if step + 1 < STEPS:
             ahead = rows + ROWS
-            ahead_inside = within(ahead, M, inside, ROWS * STEPS) & (step + 1 < STEPS)
-            upcoming = load(x_ptr + ahead * x_stride + columns, ahead_inside)
+            upcoming = load(x_ptr + ahead * x_stride + columns, within(ahead, M, inside, ROWS * STEPS))
         x = prologue_value(
             x,
             weight,
