@@ -79,3 +79,10 @@ def test_a_size_that_only_views_have():
     steps = (Step("norm"), Step("view", spelling=22), Step("quantize"))
     report = check(Program(steps, shape=(2, 3, 256), values="integers", dynamic=True))
     assert len(report.fused) == 1
+
+
+@ON_CPU
+def test_a_size_that_tracing_has_fixed_is_not_varied():
+    """Found by fuzzing: writing to a (2, s) expansion of s rows makes s 2, so that the graph holds for no other."""
+    steps = (Step("view", spelling=10), Step("quantize", spelling=22, flags=11), Step("change value"))
+    assert check(Program(steps, shape=(2, 3, 256), dtype=F32, values="special", dynamic=True, seed=1)).fused

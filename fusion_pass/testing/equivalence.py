@@ -228,8 +228,13 @@ def check_traced(fn: Callable[..., Any], args: Sequence[torch.Tensor], *, dynami
 
 def _larger(args: Sequence[torch.Tensor], traced: fx.GraphModule) -> list[tuple[torch.Tensor, ...]]:
     """The arguments with one more leading index, if the graph takes them."""
+    from torch.fx.experimental.symbolic_shapes import is_concrete_int
+
     size = args[0].shape[0]
     if args[0].dim() < 2 or size < 2:
+        return []
+    inputs = [node.meta["val"] for node in traced.graph.nodes if node.op == "placeholder"]
+    if any(is_concrete_int(n) for value in inputs for n in value.shape[:-1]):  # tracing has specialised it
         return []
     larger = []
     for a in args:
@@ -237,7 +242,7 @@ def _larger(args: Sequence[torch.Tensor], traced: fx.GraphModule) -> list[tuple[
         larger.append(a.new_zeros(*sizes, a.shape[-1]).copy_(a.flatten()[: a.shape[-1]].expand(*sizes, a.shape[-1])))
     try:
         execute(traced, larger)
-    except (RuntimeError, AssertionError):  # tracing has specialised it
+    except (RuntimeError, AssertionError):
         return []
     return [tuple(larger)]
 
