@@ -186,6 +186,9 @@ def residual_sum(x, other_ptr, sum_ptr, other_at, out_at, mask, ROUNDING: tl.con
 def prologue_value(
     x,
     weight,
+    weight_ptr,
+    columns,
+    inside,
     other_ptr,
     sum_ptr,
     other_at,
@@ -208,6 +211,8 @@ def prologue_value(
     if KIND == "norm":
         GATE: tl.constexpr = named(PROLOGUE, "GATE")
         mean = mean_of_squares(sum_of_squares(x, GROUP, N, WARPS), M, N, named(PROLOGUE, "MEAN"))
+        if weight is None and weight_ptr is not None:
+            weight = load(weight_ptr + columns, inside)
         x = normalized(x, root_factor(mean + named(PROLOGUE, "EPS"), PROLOGUE), weight, PROLOGUE)
         if GATE is not None:
             gate = widened(load(other_ptr + other_at, mask))
@@ -310,6 +315,7 @@ def fused_quant_kernel(
     GROUPS: tl.constexpr,
     LANES: tl.constexpr,
     STEPS: tl.constexpr,
+    LATE_WEIGHT: tl.constexpr,
     WARPS: tl.constexpr,
     OF_BF16: tl.constexpr,
     PEAK: tl.constexpr,
@@ -327,6 +333,7 @@ def fused_quant_kernel(
     (M, N // GROUP), or consecutive matrices in LAYOUT, each for ``scale_rows`` rows; one value if a tensor shares it. Absent
     tensors and what goes with them are None.
 
+    With LATE_WEIGHT a norm reads its weight when it has added up the row, until when it takes no registers.
     WARPS is the number of warps where a tile is one row, whose values :func:`in_warps` knows how to find in them; else None.
     PEAK says where the amax comes from: each ``group`` of the tile; ``none`` is needed; or one that the whole tensor shares,
     in two launches: the first adds its tiles to it (``store``) and writes no codes, the second reads it (``load``).
@@ -341,7 +348,7 @@ def fused_quant_kernel(
     inside = None if FULL else (lanes < GROUP) & (columns < N)
     upcoming = load(x_ptr + first * x_stride + columns, within(first, M, inside, ROWS * STEPS))
     weight = None
-    if weight_ptr is not None:
+    if weight_ptr is not None and not LATE_WEIGHT:
         weight = load(weight_ptr + columns, inside)
     for step in tl.static_range(STEPS):
         rows = first + step * ROWS
@@ -353,6 +360,9 @@ def fused_quant_kernel(
         x = prologue_value(
             x,
             weight,
+            weight_ptr,
+            columns,
+            inside,
             other_ptr,
             sum_ptr,
             rows * other_stride + columns if other_ptr is not None else columns,

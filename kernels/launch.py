@@ -51,6 +51,7 @@ class LaunchConfig:
         lanes: the group length rounded up to a power of two.
         warps: warps per program.
         steps: tiles per program, one below the other; each is read while the one before is worked on.
+        late_weight: whether a norm's weight is read after the row is summed: fewer registers, a longer wait.
     """
 
     rows: int
@@ -58,6 +59,7 @@ class LaunchConfig:
     lanes: int
     warps: int
     steps: int = 1
+    late_weight: bool = False
 
 
 class Amount(enum.Enum):
@@ -211,6 +213,7 @@ def launch_into_buffers(
         "GROUPS": config.groups,
         "LANES": config.lanes,
         "STEPS": config.steps,
+        "LATE_WEIGHT": config.late_weight,
         "WARPS": config.warps if _in_warps(spec, row, config) else None,
         "OF_BF16": x.dtype is torch.bfloat16 and _approximations_tested(x.device),
         "PEAK": "group" if spec.quantizer.needs_amax else "none",
