@@ -81,36 +81,39 @@ def configure(spec: FusedSpec, row: int, amount: Amount = Amount.UNKNOWN) -> Lau
     lanes = triton.next_power_of_2(group)
     groups = triton.next_power_of_2(-(-row // group))
     if not _whole_rows(spec):
-        few = amount is Amount.FEW
-        groups = min(max(1, _TILE_VALUES // lanes // (2 if few else 1)), groups)
-        gated = isinstance(spec.prologue, GatedActivation)
-        return LaunchConfig(1, groups, lanes, _warps(groups * lanes, (4 if gated else 8) if few else 16))
+        groups = min(max(1, _TILE_VALUES // lanes), groups)
+        small = amount is Amount.FEW or isinstance(spec.prologue, GatedActivation)
+        return LaunchConfig(1, groups, lanes, _warps(groups * lanes, 8 if small else 16))
     values = groups * lanes
     # Short rows leave lanes idle unless several share a program.
     rows = max(1, 1024 // values)
-    per_thread, steps = _whole_row_shape(spec, row, values, amount)
-    return LaunchConfig(rows, groups, lanes, _warps(rows * values, per_thread), steps)
+    if isinstance(spec.prologue, RMSNorm) and spec.prologue.residual_sum is None and amount is Amount.MANY:
+        return _many_norms(row, rows, groups, lanes)
+    return LaunchConfig(rows, groups, lanes, _warps(rows * values, _values_per_thread(spec, row, values, amount)))
 
 
-def _whole_row_shape(spec: FusedSpec, row: int, values: int, amount: Amount) -> tuple[int, int]:
-    """Values per thread, and tiles per program, of ``values`` lanes that hold a row each."""
-    wasteful = row <= values * 7 // 8
+def _many_norms(row: int, rows: int, groups: int, lanes: int) -> LaunchConfig:
+    """Of rows that are read but not written, where arithmetic is in the way: few threads to a row, so that many fit."""
+    values = groups * lanes
+    if values < 8192:
+        per_thread = 64 if row <= values * 3 // 4 else 32
+        steps = 2 if row == values == 4096 else 1
+        return LaunchConfig(rows, groups, lanes, _warps(rows * values, per_thread), steps)
+    return LaunchConfig(1, groups, lanes, _warps(values, 64 if row == values == 8192 else 128), late_weight=True)
+
+
+def _values_per_thread(spec: FusedSpec, row: int, values: int, amount: Amount) -> int:
+    """Of ``values`` lanes that hold a row of ``row``."""
+    few, wasteful = amount is Amount.FEW, row <= values * 3 // 4
     if isinstance(spec.prologue, GatedActivation):
-        if amount is Amount.FEW:
-            return 8, 1
-        return (16 if values < 8192 else 64 if values == 8192 and wasteful else 32), 1
-    usual = 32 if values < 8192 else 64
-    if not isinstance(spec.prologue, RMSNorm) or amount is Amount.FEW:
-        return usual, 1
-    if spec.prologue.residual_sum is not None:
-        # A residual is read late: such programs gain nothing from reading x early.
-        return (usual if values < 16384 else 128), 1
-    if amount is not Amount.MANY:
-        return usual, 1
-    by_group = spec.quantizer.group is not None
-    if wasteful and (not by_group or row <= values * 3 // 4):
-        return (64 if values < 8192 else 128), (8 if values == 8192 else 4)
-    return usual, 1 if wasteful or (values == 4096 and not by_group) else 4
+        if few or (values == 8192 and amount is Amount.UNKNOWN):
+            return 8 if values < 8192 else 16
+        return 16 if values < 8192 else 64 if values == 8192 and wasteful else 32
+    if values < 8192 or (values == 8192 and few):
+        return 32
+    if not isinstance(spec.prologue, RMSNorm):
+        return 32 if values == 8192 and not wasteful else 64
+    return 128 if values > 8192 and spec.prologue.residual_sum is not None else 64
 
 
 def _amount(rows: Any, row: int) -> Amount:
