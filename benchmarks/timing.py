@@ -13,7 +13,8 @@ import torch
 _ROTATED_BYTES = 200 << 20  # four times the L2 cache of an H200
 _MOST_BUFFERS = 64
 _LEAST_CALLS = 20
-_LONG_CALL_US = 100.0
+_LONG_CALL_US = 500.0
+_WARM_UP_US = 20_000.0  # an idle GPU's clock takes milliseconds to rise
 _COPIED_BYTES = 256 << 20
 
 
@@ -29,27 +30,39 @@ def buffer_count(moved: int) -> int:
 def microseconds(fn: Callable[..., Any], buffers: Sequence[tuple[Any, ...]], replays: int = 20) -> float:
     """The median time of one call over ``replays`` replays of a CUDA graph that calls fn on every buffer in turn.
 
-    A graph holds at least 20 calls, or where calls are long (0.1 ms) one per buffer.
+    A graph holds at least 20 calls, or where they are long (0.5 ms on the GPU) one per buffer.
     """
     if buffers[0][0].device.type != "cuda":
         return _on_the_wall(fn, buffers)
-    calls = [buffers[i % len(buffers)] for i in range(max(_LEAST_CALLS, len(buffers)))]
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
-        for arguments in calls[:3]:
+        for arguments in [*buffers, *buffers][:3]:
             fn(*arguments)
     torch.cuda.synchronize()
-    if _elapsed(lambda: fn(*calls[0])) > _LONG_CALL_US:
-        calls = calls[: len(buffers)]
-    graph, kept = torch.cuda.CUDAGraph(), []
+    alone = _captured(fn, buffers[:1])
+    alone()
+    long = _elapsed(alone) > _LONG_CALL_US
+    del alone
+    count = len(buffers) if long else max(_LEAST_CALLS, len(buffers))
+    replay = _captured(fn, [buffers[i % len(buffers)] for i in range(count)])
+    warm = 0.0
+    while warm < _WARM_UP_US:
+        warm += _elapsed(replay)
+    return statistics.median(_elapsed(replay) / count for _ in range(replays))
+
+
+def _captured(fn: Callable[..., Any], calls: Sequence[tuple[Any, ...]]) -> Callable[[], None]:
+    """A replay of the calls. What they return is kept with it, so that each writes to memory of its own."""
+    graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        # What calls return is kept, so that each writes to memory of its own.
         kept = [fn(*arguments) for arguments in calls]
-    graph.replay()
-    times = [_elapsed(graph.replay) / len(calls) for _ in range(replays)]
-    del kept
-    return statistics.median(times)
+
+    def replay() -> None:
+        assert kept
+        graph.replay()
+
+    return replay
 
 
 def _elapsed(fn: Callable[[], Any]) -> float:

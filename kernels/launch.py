@@ -81,15 +81,25 @@ def configure(spec: FusedSpec, row: int, amount: Amount = Amount.UNKNOWN) -> Lau
     lanes = triton.next_power_of_2(group)
     groups = triton.next_power_of_2(-(-row // group))
     if not _whole_rows(spec):
-        groups = min(max(1, _TILE_VALUES // lanes), groups)
-        small = amount is Amount.FEW or isinstance(spec.prologue, GatedActivation)
-        return LaunchConfig(1, groups, lanes, _warps(groups * lanes, 8 if small else 16))
+        return _tiles(spec, groups, lanes, amount)
     values = groups * lanes
     # Short rows leave lanes idle unless several share a program.
     rows = max(1, 1024 // values)
     if isinstance(spec.prologue, RMSNorm) and spec.prologue.residual_sum is None and amount is Amount.MANY:
         return _many_norms(row, rows, groups, lanes)
     return LaunchConfig(rows, groups, lanes, _warps(rows * values, _values_per_thread(spec, row, values, amount)))
+
+
+def _tiles(spec: FusedSpec, groups: int, lanes: int, amount: Amount) -> LaunchConfig:
+    """Of a few whole groups; of several rows where scales of neighbouring rows are neighbours in memory."""
+    few, gated = amount is Amount.FEW, isinstance(spec.prologue, GatedActivation)
+    values, rows, per_thread = _TILE_VALUES, 1, 8 if few or gated else 16
+    if spec.layout is not ScaleLayout.ROW and gated:
+        rows, per_thread = 2, 8 if few else 16
+    elif spec.layout is not ScaleLayout.ROW:
+        values, rows, per_thread = 2 * _TILE_VALUES, 8, 16
+    groups = min(max(1, values // (rows * lanes)), groups)
+    return LaunchConfig(rows, groups, lanes, _warps(rows * groups * lanes, per_thread))
 
 
 def _many_norms(row: int, rows: int, groups: int, lanes: int) -> LaunchConfig:
@@ -99,7 +109,9 @@ def _many_norms(row: int, rows: int, groups: int, lanes: int) -> LaunchConfig:
         per_thread = 64 if row <= values * 3 // 4 else 32
         steps = 2 if row == values == 4096 else 1
         return LaunchConfig(rows, groups, lanes, _warps(rows * values, per_thread), steps)
-    return LaunchConfig(1, groups, lanes, _warps(values, 64 if row == values == 8192 else 128), late_weight=True)
+    # What lies between amax and scale is computed for every 16 values of a group: short groups want more threads.
+    per_thread = 64 if row == values == 8192 or lanes < 128 else 128
+    return LaunchConfig(1, groups, lanes, _warps(values, per_thread), late_weight=True)
 
 
 def _values_per_thread(spec: FusedSpec, row: int, values: int, amount: Amount) -> int:
