@@ -271,19 +271,20 @@ def spread_schedule(nodes: Sequence[Any], more: Callable[[fx.Node], int]) -> Non
 
     The numbers, ``min_order`` and ``max_order``, say where in the graph's order a node stood, and so how far two are apart.
     """
-    ordered = sorted(nodes, key=lambda node: node.min_order)
+    # Some are groups already; a group's numbers are those of its members.
+    members = sorted((member for node in nodes for member in node.get_nodes()), key=lambda member: member.min_order)
+    orders = [member.min_order for member in members]
     seen: set[fx.Node] = set()
     shifts, shift = [], 0
-    for node in ordered:
+    for member in members:
         shifts.append(shift)
-        origins = set(getattr(node.node, "origins", ())) - seen
+        origins = set(getattr(member.node, "origins", ())) - seen
         seen |= origins
         shift += sum(map(more, origins))
-    starts = [node.min_order for node in ordered]
-    for node in ordered:
+    for node in {id(node): node for node in (*nodes, *members)}.values():
         for name in ("min_order", "max_order"):
             order = getattr(node, name)
-            setattr(node, name, order + shifts[bisect.bisect_right(starts, order) - 1])
+            setattr(node, name, order + shifts[bisect.bisect_right(orders, order) - 1])
 
 
 def fake_mode_of(graph: fx.Graph) -> FakeTensorMode | contextlib.AbstractContextManager[None]:

@@ -17,6 +17,22 @@ def _unregistered():
     assert getattr(config, inductor.SCHEDULE) is None
 
 
+class Scheduled:
+    """A node of the scheduler, in the place ``order``, that comes of one graph node."""
+
+    def __init__(self, order, origin):
+        self.min_order = self.max_order = order
+        self.node = SimpleNamespace(origins=[origin])
+
+    def get_nodes(self):
+        return [self]
+
+
+class Group(SimpleNamespace):
+    def get_nodes(self):
+        return self.members
+
+
 def scheduled(*replaced):
     """Nodes of the scheduler in order, each of one graph node that stands for so many more."""
     graph = fx.Graph()
@@ -24,7 +40,7 @@ def scheduled(*replaced):
     for order, more in enumerate(replaced):
         origin = graph.placeholder(f"n{order}")
         origin.meta["fusion_pass_replaced"] = more
-        nodes.append(SimpleNamespace(min_order=order, max_order=order, node=SimpleNamespace(origins=[origin])))
+        nodes.append(Scheduled(order, origin))
     return nodes
 
 
@@ -38,11 +54,11 @@ def test_nodes_behind_a_launch_move_on():
     assert orders(nodes) == [(0, 0), (1, 1), (5, 5), (6, 6), (9, 9)]
 
 
-def test_nodes_already_grouped_span_what_is_between():
-    nodes = scheduled(0, 3, 0)
-    nodes[0].max_order = 2
-    graph_pass.DistanceKeeper()(nodes)
-    assert orders(nodes) == [(0, 5), (1, 1), (5, 5)]
+def test_a_group_spans_what_is_between_its_members():
+    first, launch, last = scheduled(0, 3, 0)
+    group = Group(members=[first, last], min_order=0, max_order=2, node=None)
+    graph_pass.DistanceKeeper()([group, launch])
+    assert orders([group, first, launch, last]) == [(0, 5), (0, 0), (1, 1), (5, 5)]
 
 
 def test_a_graph_node_of_several_scheduler_nodes_counts_once():
