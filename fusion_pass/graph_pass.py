@@ -15,9 +15,9 @@ import torch
 import triton
 from torch import fx
 
-from . import debug, rounding, settings
+from . import debug, distances, rounding, settings
 from .failures import ExpectedError, FusionPassError, Undo, contained, during, tell
-from .inductor import CustomGraphPass, counters
+from .inductor import CustomGraphPass, SchedulePass, counters, spread_schedule
 from .lower import lower
 from .patterns import op_table
 from .plan import plan
@@ -159,6 +159,26 @@ class RoundingGuard(_InstalledPass):
 
     def uuid(self) -> Any:
         return ("fusion_pass.rounding", source_hash())
+
+
+class DistanceKeeper(SchedulePass):  # type: ignore[misc]
+    """Has Inductor's scheduler count launches as the nodes they replaced; strict as :func:`fusion_pass.register` takes it."""
+
+    def __init__(self, strict: bool = False) -> None:
+        self.strict = strict
+
+    def __call__(self, nodes: list[Any]) -> list[Any]:
+        try:
+            with during("keep distances"):
+                spread_schedule(nodes, distances.noted)
+        except FusionPassError as error:
+            if self.strict:
+                raise
+            tell(error)
+        return nodes
+
+    def uuid(self) -> Any:
+        return ("fusion_pass.distances", source_hash())
 
 
 @cache

@@ -6,6 +6,7 @@ lacks is named by :class:`UnsupportedTorchError`.
 
 from __future__ import annotations
 
+import bisect
 import contextlib
 import importlib
 from collections.abc import Callable, Sequence
@@ -45,10 +46,12 @@ except ImportError as error:
 __all__ = [
     "POST_GRAD",
     "PRE_JOINT",
+    "SCHEDULE",
     "CustomGraphPass",
     "FakeTensorMode",
     "PassChain",
     "Previous",
+    "SchedulePass",
     "UnsupportedTorchError",
     "add_pass",
     "compile_with_inductor",
@@ -66,6 +69,7 @@ __all__ = [
     "remove_pass",
     "restore_launches",
     "sort_topologically",
+    "spread_schedule",
     "stored_number",
     "stored_tensor",
     "trace_log",
@@ -74,6 +78,7 @@ __all__ = [
 
 POST_GRAD = "post_grad_custom_post_pass"
 PRE_JOINT = "joint_custom_pre_pass"
+SCHEDULE = "_pre_fusion_custom_pass"
 _TRITON_NODES = "torch._higher_order_ops.triton_kernel_wrap"
 _STATIC_LAUNCH = "static_launch_user_defined_triton_kernels"
 
@@ -100,6 +105,41 @@ class PassChain(CustomGraphPass):  # type: ignore[misc]
     def uuid(self) -> Any | None:
         uuids = [p.uuid() if isinstance(p, CustomGraphPass) else None for p in self.passes]
         return None if None in uuids else tuple(uuids)
+
+
+# What may stand in the slot of the scheduler: passes of a class of their own in newer versions, of graph passes' in older.
+_SCHEDULE_PASS_BASES = {getattr(custom_graph_pass, "CustomSchedulerPass", CustomGraphPass): None, CustomGraphPass: None}
+
+
+class SchedulePass(*_SCHEDULE_PASS_BASES):  # type: ignore[misc]
+    """A pass that takes and returns the list of the scheduler's nodes."""
+
+
+class _ScheduleChain:
+    """Several passes in the slot of the scheduler; a bare callable, for which Inductor bypasses its cache."""
+
+    def __init__(self, passes: Sequence[Any]) -> None:
+        self.passes = tuple(passes)
+
+    def __call__(self, nodes: list[Any]) -> list[Any]:
+        for schedule_pass in self.passes:
+            nodes = schedule_pass(nodes)
+        return nodes
+
+
+class _CachedScheduleChain(_ScheduleChain, SchedulePass):
+    """Several passes that each have a uuid."""
+
+    def uuid(self) -> Any:
+        return tuple(p.uuid() for p in self.passes)
+
+
+def _together(slot: str, passes: Sequence[Any]) -> Any:
+    """Several passes as an entry of the config."""
+    if slot == SCHEDULE:
+        cached = all(isinstance(p, SchedulePass) for p in passes)
+        return (_CachedScheduleChain if cached else _ScheduleChain)(passes)
+    return list(passes) if _TAKES_LISTS else _chained(passes)
 
 
 def _is_inference_aware(graph_pass: Any) -> bool:
@@ -134,9 +174,7 @@ def add_pass(slot: str, graph_pass: CustomGraphPass) -> Previous:
 
     def appended(passes: Any) -> Any:
         together = [*_listed(passes), graph_pass]
-        if len(together) == 1:
-            return graph_pass
-        return together if _TAKES_LISTS else _chained(together)
+        return graph_pass if len(together) == 1 else _together(slot, together)
 
     return _change(slot, appended)
 
@@ -144,11 +182,11 @@ def add_pass(slot: str, graph_pass: CustomGraphPass) -> Previous:
 def remove_pass(slot: str, graph_pass: CustomGraphPass, before: Previous) -> None:
     """Undo :func:`add_pass`: restore ``before``, unless others have changed the slot since; then take out ours alone."""
     entry = _entry(slot)
-    everywhere = _without(entry.env_value_default, graph_pass, before.everywhere)
-    _write(slot, Previous(everywhere, _without(_assigned(entry), graph_pass, before.here)))
+    everywhere = _without(slot, entry.env_value_default, graph_pass, before.everywhere)
+    _write(slot, Previous(everywhere, _without(slot, _assigned(entry), graph_pass, before.here)))
 
 
-def _without(current: Any, graph_pass: CustomGraphPass, before: Any) -> Any:
+def _without(slot: str, current: Any, graph_pass: CustomGraphPass, before: Any) -> Any:
     passes = _listed(current)
     if graph_pass not in passes:
         return current
@@ -157,13 +195,13 @@ def _without(current: Any, graph_pass: CustomGraphPass, before: Any) -> Any:
         return before
     if isinstance(current, (list, tuple)):
         return type(current)(rest) if rest else None
-    return _chained(rest) if len(rest) > 1 else rest[0] if rest else None
+    return _together(slot, rest) if len(rest) > 1 else rest[0] if rest else None
 
 
 def _listed(passes: Any) -> list[Any]:
     if passes is None or passes is _UNSET:
         return []
-    if isinstance(passes, PassChain):
+    if isinstance(passes, (PassChain, _ScheduleChain)):
         return list(passes.passes)
     return list(passes) if isinstance(passes, (list, tuple)) else [passes]
 
@@ -226,6 +264,27 @@ def restore_launches(before: Previous) -> None:
 
 def sort_topologically(graph: fx.Graph) -> None:
     stable_topological_sort(graph)
+
+
+def spread_schedule(nodes: Sequence[Any], more: Callable[[fx.Node], int]) -> None:
+    """Number the scheduler's nodes as if ``more(n)`` others followed the first that comes of the graph's node n.
+
+    The numbers, ``min_order`` and ``max_order``, say where in the graph's order a node stood, and so how far two are apart.
+    """
+    # Some are groups already; a group's numbers are those of its members.
+    members = sorted((member for node in nodes for member in node.get_nodes()), key=lambda member: member.min_order)
+    orders = [member.min_order for member in members]
+    seen: set[fx.Node] = set()
+    shifts, shift = [], 0
+    for member in members:
+        shifts.append(shift)
+        origins = set(getattr(member.node, "origins", ())) - seen
+        seen |= origins
+        shift += sum(map(more, origins))
+    for node in {id(node): node for node in (*nodes, *members)}.values():
+        for name in ("min_order", "max_order"):
+            order = getattr(node, name)
+            setattr(node, name, order + shifts[bisect.bisect_right(orders, order) - 1])
 
 
 def fake_mode_of(graph: fx.Graph) -> FakeTensorMode | contextlib.AbstractContextManager[None]:

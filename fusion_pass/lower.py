@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from . import inductor
+from . import distances, inductor
 from .cast_transpose import CastTransposeSpec
 from .failures import during
 from .kernels import cast_transpose
@@ -35,7 +35,7 @@ def lower(graph: fx.Graph, sites: Sequence[FusedSite]) -> None:
             key = (site.op.target, site.op.args[len(inputs) :], tuple(_meta(n) for n in inputs))
             if key not in traced:
                 traced[key] = _trace(graph, site, inputs)
-            _splice(graph, site.op, inputs, traced[key])
+            _splice(graph, site, inputs, traced[key])
 
 
 def _on_gpu(op: fx.Node) -> bool:
@@ -91,8 +91,10 @@ def _cast_transpose(x: torch.Tensor, *arguments: Any) -> list[torch.Tensor]:
     return cast_transpose.finish(spec, buffers)
 
 
-def _splice(graph: fx.Graph, op: fx.Node, inputs: Sequence[fx.Node | None], module: fx.GraphModule) -> None:
-    """Copy the traced graph before op and hand its outputs to those of op."""
+def _splice(graph: fx.Graph, site: FusedSite, inputs: Sequence[fx.Node | None], module: fx.GraphModule) -> None:
+    """Copy the traced graph before the site's op and hand its outputs to those of the op."""
+    op = site.op
+    assert op is not None
     copies: dict[fx.Node, Any] = {}
     remaining = iter(n for n in inputs if n is not None)
     outputs: Sequence[Any] = ()
@@ -107,6 +109,7 @@ def _splice(graph: fx.Graph, op: fx.Node, inputs: Sequence[fx.Node | None], modu
             _spell_for_inductor(copy)
             copy.meta["stack_trace"] = op.meta.get("stack_trace")
             copies[node] = copy
+    distances.note(site, next(copy for copy in copies.values() if copy.target is aten.empty.memory_format))
     for getter in list(op.users):
         getter.replace_all_uses_with(outputs[getter.args[1]])  # type: ignore[index]
         graph.erase_node(getter)

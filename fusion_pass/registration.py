@@ -57,7 +57,7 @@ def _checked(devices: Sequence[str], strict: bool) -> _Options:
 def _install() -> None:
     """Have Inductor's config hold the passes of the last options, or none."""
     from . import inductor
-    from .graph_pass import FusionPass, RoundingGuard
+    from .graph_pass import DistanceKeeper, FusionPass, RoundingGuard
 
     _undo.close()
     if not (wanted := [*_registered, *_scopes]):
@@ -66,6 +66,7 @@ def _install() -> None:
     for slot, graph_pass in (
         (inductor.PRE_JOINT, RoundingGuard(options.devices, options.strict)),
         (inductor.POST_GRAD, FusionPass(options.devices, options.strict)),
+        (inductor.SCHEDULE, DistanceKeeper(options.strict)),
     ):
         _undo.callback(inductor.remove_pass, slot, graph_pass, inductor.add_pass(slot, graph_pass))
     _undo.callback(inductor.realize_kernel_inputs, inductor.realize_kernel_inputs(True))

@@ -242,7 +242,7 @@ def test_inductor_compiles_what_the_pass_fails_on(monkeypatch, device):
 
 # Registration.
 
-SETTINGS = (inductor.PRE_JOINT, inductor.POST_GRAD, inductor._STATIC_LAUNCH)
+SETTINGS = (inductor.PRE_JOINT, inductor.POST_GRAD, inductor.SCHEDULE, inductor._STATIC_LAUNCH)
 
 
 def state():

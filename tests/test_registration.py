@@ -13,7 +13,7 @@ from fusion_pass.testing import compare
 
 import spelled
 
-SLOTS = (inductor.PRE_JOINT, inductor.POST_GRAD)
+SLOTS = (inductor.PRE_JOINT, inductor.POST_GRAD, inductor.SCHEDULE)
 
 
 class OtherPass(CustomGraphPass):
@@ -35,7 +35,7 @@ def installed():
 def _unregistered():
     yield
     fusion_pass.unregister()
-    assert installed() == [None, None]
+    assert installed() == [None, None, None]
 
 
 def test_register_is_idempotent_and_unregister_restores():
@@ -44,7 +44,7 @@ def test_register_is_idempotent_and_unregister_restores():
     fusion_pass.register()
     assert isinstance(getattr(config, inductor.POST_GRAD), graph_pass.FusionPass)
     fusion_pass.unregister()
-    assert installed() == [None, None]
+    assert installed() == [None, None, None]
 
 
 def test_unregister_restores_every_setting():

@@ -1,0 +1,114 @@
+"""What Inductor's scheduler sees of a pretended CUDA graph, with the pass and without: no GPU is needed."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch._dynamo.device_interface import CudaInterface
+from torch._inductor import compile_fx, config, scheduler
+from torch._inductor.debug import DebugContext
+from torch._inductor.graph import GraphLowering
+from torch._inductor.virtualized import V
+
+import fusion_pass
+from fusion_pass import inductor
+from fusion_pass.fake_device import relabelled
+
+import spelled
+
+BF16 = torch.bfloat16
+GPU = SimpleNamespace(
+    name="pretended",
+    major=9,
+    minor=0,
+    multi_processor_count=132,
+    max_threads_per_multi_processor=2048,
+    max_threads_per_block=1024,
+    regs_per_multiprocessor=65536,
+    warp_size=32,
+    total_memory=1 << 37,
+)
+
+
+class Scheduled(Exception):  # noqa: N818
+    """Raised when the scheduler's nodes are known: no kernel is generated."""
+
+
+@pytest.fixture
+def _pretended_gpu(monkeypatch):
+    answers = {
+        "get_device_properties": GPU,
+        "current_device": 0,
+        "device_count": 1,
+        "get_compute_capability": 90,
+        "is_available": True,
+        "is_triton_capable": True,
+        "raise_if_triton_unavailable": None,
+    }
+    for name, answer in answers.items():
+        if hasattr(CudaInterface, name):
+            monkeypatch.setattr(CudaInterface, name, staticmethod(lambda *_, answer=answer: answer))
+    # What an earlier test found is cached.
+    monkeypatch.setattr(scheduler, "has_triton", lambda: True, raising=False)
+    monkeypatch.setattr(CudaInterface.Worker, "get_device_properties", staticmethod(lambda *_: GPU))
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda *_: GPU)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: (9, 0))
+
+
+def scheduled(fn, *tensors):
+    """The nodes that Inductor schedules for fn, were its tensors on a GPU, in order, before they are fused."""
+    found = []
+
+    def stop(nodes):
+        found.extend(nodes)
+        raise Scheduled
+
+    def compiler(gm, _):
+        on_gpu = relabelled(gm, torch.device("cuda", 0))
+        mode = inductor.fake_mode_of(on_gpu.graph)
+        inputs = [node.meta["val"] for node in on_gpu.graph.nodes if node.op == "placeholder"]
+        with V.set_fake_mode(mode), V.set_debug_handler(DebugContext()):
+            compile_fx._recursive_post_grad_passes(on_gpu, is_inference=True)
+            graph = GraphLowering(on_gpu, example_inputs=inputs, shape_env=mode.shape_env, is_inference=True)
+            with V.set_graph_handler(graph), pytest.raises(Scheduled):
+                graph.run(*inputs)
+                graph._update_scheduler()
+        # Not run: a CPU may lack its products.
+        outputs = [node.meta["val"] for node in next(n for n in gm.graph.nodes if n.op == "output").args[0]]
+        return lambda *_: [torch.zeros(value.shape, dtype=value.dtype) for value in outputs]
+
+    before = inductor.add_pass(inductor.SCHEDULE, stop)
+    torch._dynamo.reset()
+    with config.patch(force_disable_caches=True):
+        torch.compile(fn, backend=lambda gm, i: inductor.compile_without_joint_passes(gm, i, compiler))(*tensors)
+    inductor.remove_pass(inductor.SCHEDULE, stop, before)
+    return found
+
+
+def layers(x, norms, weights, scales):
+    """Each quantizes its norm three times over, as torchao's linear layers of one input do, and adds to the residual."""
+    for norm in norms:
+        y = spelled.rms_norm(x, norm)
+        for weight in weights:
+            codes, scale = spelled.per_token(y)
+            x = x + torch._scaled_mm(codes, weight.t(), scale.reshape(-1, 1), scales, out_dtype=BF16)
+    return x
+
+
+@pytest.mark.usefixtures("_pretended_gpu")
+def test_layers_are_as_far_apart_as_without_the_pass():
+    width = 64
+    x = torch.randn(32, width).to(BF16)
+    norms = [torch.ones(width, dtype=BF16) for _ in range(4)]
+    weights = [torch.ones(width, width).to(spelled.E4M3) for _ in range(3)]
+    given = (x, norms, weights, torch.ones(1, width))
+    plain = scheduled(layers, *given)
+    with fusion_pass.enabled(strict=True):
+        fused = scheduled(layers, *given)
+    products = [
+        [node.max_order for node in nodes if type(node.node).__name__ == "ExternKernelOut"] for nodes in (plain, fused)
+    ]
+    assert len(products[0]) == len(products[1]) == 12
+    assert len(fused) <= len(plain) - 4 * 5
+    spans = [orders[-1] - orders[0] for orders in products]
+    assert abs(spans[0] - spans[1]) <= 4, products
