@@ -516,8 +516,13 @@ def pack_nibbles(code):
 
 @triton.constexpr_function
 def named(constants, name):
-    """The value that goes with ``name`` in a tuple of pairs."""
-    return dict(constants)[name]
+    """The value of ``name`` in a text of JSON.
+
+    In lower case: Triton's attributes are texts of capital letters, which Inductor's analysis of kernels looks for in every text.
+    """
+    import json
+
+    return json.loads(constants)[name]
 
 
 @triton.jit
@@ -527,28 +532,28 @@ def codes(y, factor, CODES: tl.constexpr, dtype: tl.constexpr):
     FP4 codes come in pairs, as bytes. In CODES, OVERFLOW None says that the cast saturates, or that the clamp leaves it
     nothing to saturate, and TIES None that the codes are not FP4.
     """
-    if named(CODES, "DIVIDES"):
-        q = divide(y, factor, named(CODES, "ORDINARY"))
+    if named(CODES, "divides"):
+        q = divide(y, factor, named(CODES, "ordinary"))
     else:
         q = y * factor
-    q = round_to(q, named(CODES, "QUOTIENT_ROUNDING"))
-    WHOLE: tl.constexpr = named(CODES, "WHOLE")
+    q = round_to(q, named(CODES, "quotient_rounding"))
+    WHOLE: tl.constexpr = named(CODES, "whole")
     if WHOLE == "nearest_even":
         q = nearest_even(q)
     elif WHOLE == "half_away":
         q = nearest_away(q)
-    if named(CODES, "ADDS_ZERO"):
+    if named(CODES, "adds_zero"):
         q = tl.where(q == 0.0, 0.0, q)
-    if named(CODES, "CLAMP") is not None:
-        q = tl.clamp(q, named(CODES, "CLAMP_LOW"), named(CODES, "CLAMP"), propagate_nan=tl.PropagateNan.ALL)
-    OVERFLOW: tl.constexpr = named(CODES, "OVERFLOW")
-    TIES: tl.constexpr = named(CODES, "TIES")
+    if named(CODES, "clamp") is not None:
+        q = tl.clamp(q, named(CODES, "clamp_low"), named(CODES, "clamp"), propagate_nan=tl.PropagateNan.ALL)
+    OVERFLOW: tl.constexpr = named(CODES, "overflow")
+    TIES: tl.constexpr = named(CODES, "ties")
     if TIES is not None:
-        code = pack_nibbles(e2m1_code(q, TIES, named(CODES, "SIGN"), named(CODES, "NAN_CODE")))
+        code = pack_nibbles(e2m1_code(q, TIES, named(CODES, "sign"), named(CODES, "nan_code")))
     elif dtype == tl.uint8:
         code = cast_fnuz(q, OVERFLOW)
     elif OVERFLOW is not None:
-        code = cast_overflowing(q, named(CODES, "LARGEST"), OVERFLOW, dtype)
+        code = cast_overflowing(q, named(CODES, "largest"), OVERFLOW, dtype)
     else:
         code = cast(q, dtype)
     return code

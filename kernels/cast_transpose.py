@@ -61,7 +61,7 @@ def quantize_tile(
     present = (rows < ROWS) & (groups < COLUMNS // GROUP)
     given = tl.full(peak.shape, 0.0, tl.float32)
     code, scale = quantized(blocks, peak, given, present, PROGRAM, CODES, code_ptr.dtype.element_ty)
-    if named(CODES, "TIES") is None:
+    if named(CODES, "ties") is None:
         columns = groups * GROUP + tl.arange(0, GROUP)[None, None, :]
         tl.store(code_ptr + byte_address(rows, columns, COLUMNS, SHUFFLED), code, present)
     else:

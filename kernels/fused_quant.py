@@ -59,9 +59,9 @@ def mean_of_squares(squares, M, N: tl.constexpr, MEAN: tl.constexpr):
 @triton.jit
 def root_factor(variance, PROLOGUE: tl.constexpr):
     """What x is multiplied with, or with ROOT ``divide_sqrt`` divided by."""
-    ROOT: tl.constexpr = named(PROLOGUE, "ROOT")
+    ROOT: tl.constexpr = named(PROLOGUE, "root")
     if ROOT == "rsqrt":
-        factor = round_to(reciprocal_root(variance, named(PROLOGUE, "EPS") >= 1e-37), named(PROLOGUE, "ROOT_ROUNDING"))
+        factor = round_to(reciprocal_root(variance, named(PROLOGUE, "eps") >= 1e-37), named(PROLOGUE, "root_rounding"))
     elif ROOT == "reciprocal_sqrt":
         factor = tl.math.div_rn(tl.full(variance.shape, 1.0, tl.float32), root(variance))
     else:
@@ -72,14 +72,14 @@ def root_factor(variance, PROLOGUE: tl.constexpr):
 @triton.jit
 def normalized(x, factor, weight, PROLOGUE: tl.constexpr):
     """x over its root mean square, times weight, rounded where the spec says."""
-    INNER_ROUNDING: tl.constexpr = named(PROLOGUE, "INNER_ROUNDING")
-    PRODUCT_ROUNDING: tl.constexpr = named(PROLOGUE, "PRODUCT_ROUNDING")
-    if named(PROLOGUE, "ROOT") == "divide_sqrt":
+    INNER_ROUNDING: tl.constexpr = named(PROLOGUE, "inner_rounding")
+    PRODUCT_ROUNDING: tl.constexpr = named(PROLOGUE, "product_rounding")
+    if named(PROLOGUE, "root") == "divide_sqrt":
         x = tl.math.div_rn(x, tl.broadcast_to(factor, x.shape))
     else:
         x *= factor
     if weight is not None:
-        if named(PROLOGUE, "ONE_PLUS"):
+        if named(PROLOGUE, "one_plus"):
             weight = cast(weight, tl.float32) + 1.0
         x = rounded_product(x, weight, INNER_ROUNDING, PRODUCT_ROUNDING)
     else:
@@ -90,12 +90,12 @@ def normalized(x, factor, weight, PROLOGUE: tl.constexpr):
 @triton.jit
 def gated_activation(gate, up, OF_BF16: tl.constexpr, PROLOGUE: tl.constexpr):
     """activation(gate) * up, bounded, shifted and rounded where the spec says; gate is f32, and OF_BF16 if it was bf16."""
-    ACTIVATION: tl.constexpr = named(PROLOGUE, "ACTIVATION")
-    LIMIT: tl.constexpr = named(PROLOGUE, "LIMIT")
-    OFFSET: tl.constexpr = named(PROLOGUE, "OFFSET")
-    SIGMOID_ROUNDING: tl.constexpr = named(PROLOGUE, "SIGMOID_ROUNDING")
-    INNER_ROUNDING: tl.constexpr = named(PROLOGUE, "INNER_ROUNDING")
-    PRODUCT_ROUNDING: tl.constexpr = named(PROLOGUE, "PRODUCT_ROUNDING")
+    ACTIVATION: tl.constexpr = named(PROLOGUE, "activation")
+    LIMIT: tl.constexpr = named(PROLOGUE, "limit")
+    OFFSET: tl.constexpr = named(PROLOGUE, "offset")
+    SIGMOID_ROUNDING: tl.constexpr = named(PROLOGUE, "sigmoid_rounding")
+    INNER_ROUNDING: tl.constexpr = named(PROLOGUE, "inner_rounding")
+    PRODUCT_ROUNDING: tl.constexpr = named(PROLOGUE, "product_rounding")
     if LIMIT is not None:
         gate = tl.where(gate > LIMIT, LIMIT, gate)
     if ACTIVATION == "silu" and OF_BF16 and INNER_ROUNDING == "bf16":
@@ -104,8 +104,8 @@ def gated_activation(gate, up, OF_BF16: tl.constexpr, PROLOGUE: tl.constexpr):
         active = silu(gate)
     elif ACTIVATION == "sigmoid_product":
         scaled = gate
-        if named(PROLOGUE, "ALPHA") != 1.0:
-            scaled = round_to(gate * named(PROLOGUE, "ALPHA"), SIGMOID_ROUNDING)
+        if named(PROLOGUE, "alpha") != 1.0:
+            scaled = round_to(gate * named(PROLOGUE, "alpha"), SIGMOID_ROUNDING)
         active = gate * round_to(sigmoid(scaled), SIGMOID_ROUNDING)
     elif ACTIVATION == "sigmoid":
         active = sigmoid(gate)
@@ -202,25 +202,25 @@ def prologue_value(
     PROLOGUE: tl.constexpr,
 ):
     """What is quantized, in float32, of a tile x of (rows, groups, lanes); a norm's is of whole rows and stores its residual sum."""
-    KIND: tl.constexpr = named(PROLOGUE, "KIND")
-    RESIDUAL: tl.constexpr = KIND == "norm" and named(PROLOGUE, "GATE") is None and other_ptr is not None
+    KIND: tl.constexpr = named(PROLOGUE, "kind")
+    RESIDUAL: tl.constexpr = KIND == "norm" and named(PROLOGUE, "gate") is None and other_ptr is not None
     if RESIDUAL:
-        x = residual_sum(x, other_ptr, sum_ptr, other_at, out_at, mask, named(PROLOGUE, "SUM_ROUNDING"))
+        x = residual_sum(x, other_ptr, sum_ptr, other_at, out_at, mask, named(PROLOGUE, "sum_rounding"))
     else:
         x = widened(x)
     if KIND == "norm":
-        GATE: tl.constexpr = named(PROLOGUE, "GATE")
-        mean = mean_of_squares(sum_of_squares(x, GROUP, N, WARPS), M, N, named(PROLOGUE, "MEAN"))
+        GATE: tl.constexpr = named(PROLOGUE, "gate")
+        mean = mean_of_squares(sum_of_squares(x, GROUP, N, WARPS), M, N, named(PROLOGUE, "mean"))
         if weight is None and weight_ptr is not None:
             weight = load(weight_ptr + columns, inside)
-        x = normalized(x, root_factor(mean + named(PROLOGUE, "EPS"), PROLOGUE), weight, PROLOGUE)
+        x = normalized(x, root_factor(mean + named(PROLOGUE, "eps"), PROLOGUE), weight, PROLOGUE)
         if GATE is not None:
             gate = widened(load(other_ptr + other_at, mask))
             if GATE == "silu":
                 gate = silu(gate)
             else:
                 gate = sigmoid(gate)
-            x = round_to(x * gate, named(PROLOGUE, "GATED_ROUNDING"))
+            x = round_to(x * gate, named(PROLOGUE, "gated_rounding"))
     if KIND == "gated":
         up = None
         if other_ptr is not None:
@@ -277,7 +277,7 @@ def store_quantized(
     code, scale = quantized(
         x, peak, given, present if PEAK == "group" else None, PROGRAM, CODES, code_ptr.dtype.element_ty
     )
-    if named(CODES, "TIES") is None:
+    if named(CODES, "ties") is None:
         tl.store(code_ptr + rows * N + groups * GROUP + lanes, code, mask)
     else:
         pairs = tl.arange(0, lanes.shape[2] // 2)[None, None, :]
@@ -337,7 +337,7 @@ def fused_quant_kernel(
     WARPS is the number of warps where a tile is one row, whose values :func:`in_warps` knows how to find in them; else None.
     PEAK says where the amax comes from: each ``group`` of the tile; ``none`` is needed; or one that the whole tensor shares,
     in two launches: the first adds its tiles to it (``store``) and writes no codes, the second reads it (``load``).
-    PROLOGUE and CODES are pairs of names and values, PROGRAM what lies between amax and scale: see launch.py.
+    PROLOGUE and CODES are named constants, see :func:`named`; PROGRAM is what lies between amax and scale.
     """
     first = (tl.program_id(0).to(tl.int64) * (ROWS * STEPS) + tl.arange(0, ROWS))[:, None, None]
     groups = (tl.program_id(1) * GROUPS + tl.arange(0, GROUPS))[None, :, None]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import enum
 import itertools
+import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
@@ -359,38 +360,41 @@ def _overflow(quantizer: Quantizer) -> int | None:
 @cache
 def constants(spec: FusedSpec) -> dict[str, Any]:
     """The compile-time arguments that follow from the spec alone."""
-    prologue = tuple(_prologue_constants(spec).items())
-    return {"PROLOGUE": prologue, **quantizer_constants(spec.quantizer), "LAYOUT": spec.layout.value}
+    return {
+        "PROLOGUE": json.dumps(_prologue_constants(spec)),
+        **quantizer_constants(spec.quantizer),
+        "LAYOUT": spec.layout.value,
+    }
 
 
 def _prologue_constants(spec: FusedSpec) -> dict[str, Any]:
     prologue = spec.prologue
     if isinstance(prologue, RMSNorm):
         return {
-            "KIND": "norm",
-            "EPS": prologue.eps,
-            "MEAN": prologue.mean.value,
-            "ROOT": prologue.root.value,
-            "ONE_PLUS": prologue.weight is Weight.ONE_PLUS,
-            "ROOT_ROUNDING": DTYPE_NAMES[prologue.root_rounding],
-            "GATE": None if prologue.gate is None else prologue.gate.value,
-            "GATED_ROUNDING": DTYPE_NAMES[prologue.gated],
-            "SUM_ROUNDING": DTYPE_NAMES[prologue.residual_sum or torch.float32],
-            "INNER_ROUNDING": DTYPE_NAMES[prologue.normalized],
-            "PRODUCT_ROUNDING": DTYPE_NAMES[prologue.product],
+            "kind": "norm",
+            "eps": prologue.eps,
+            "mean": prologue.mean.value,
+            "root": prologue.root.value,
+            "one_plus": prologue.weight is Weight.ONE_PLUS,
+            "root_rounding": DTYPE_NAMES[prologue.root_rounding],
+            "gate": None if prologue.gate is None else prologue.gate.value,
+            "gated_rounding": DTYPE_NAMES[prologue.gated],
+            "sum_rounding": DTYPE_NAMES[prologue.residual_sum or torch.float32],
+            "inner_rounding": DTYPE_NAMES[prologue.normalized],
+            "product_rounding": DTYPE_NAMES[prologue.product],
         }
     if isinstance(prologue, GatedActivation):
         return {
-            "KIND": "gated",
-            "INNER_ROUNDING": DTYPE_NAMES[prologue.activated],
-            "PRODUCT_ROUNDING": DTYPE_NAMES[prologue.product],
-            "ACTIVATION": prologue.activation.value,
-            "ALPHA": prologue.alpha,
-            "LIMIT": prologue.limit,
-            "OFFSET": prologue.offset,
-            "SIGMOID_ROUNDING": DTYPE_NAMES[prologue.inner],
+            "kind": "gated",
+            "inner_rounding": DTYPE_NAMES[prologue.activated],
+            "product_rounding": DTYPE_NAMES[prologue.product],
+            "activation": prologue.activation.value,
+            "alpha": prologue.alpha,
+            "limit": prologue.limit,
+            "offset": prologue.offset,
+            "sigmoid_rounding": DTYPE_NAMES[prologue.inner],
         }
-    return {"KIND": "none"}
+    return {"kind": "none"}
 
 
 @cache
@@ -399,17 +403,17 @@ def quantizer_constants(quantizer: Quantizer) -> dict[str, Any]:
     by_reciprocal = _has_exact_reciprocal(quantizer)
     factor = Term("reciprocal", (quantizer.factor,)) if by_reciprocal else quantizer.factor
     codes = {
-        "DIVIDES": quantizer.divides and not by_reciprocal,
-        "ORDINARY": _ordinary(quantizer),
-        "QUOTIENT_ROUNDING": DTYPE_NAMES[quantizer.quotient],
-        "WHOLE": None if quantizer.rounding is Rounding.CAST else quantizer.rounding.value,
-        "ADDS_ZERO": quantizer.adds_zero,
-        "CLAMP": None if _cast_clamps(quantizer) else quantizer.clamp,
-        "CLAMP_LOW": quantizer.clamp_low if quantizer.clamp_low is not None else -(quantizer.clamp or 0.0),
-        "LARGEST": _LARGEST.get(quantizer.code),
-        "OVERFLOW": _overflow(quantizer),
-        "TIES": None if quantizer.e2m1 is None else quantizer.e2m1.ties.value,
-        "SIGN": None if quantizer.e2m1 is None else quantizer.e2m1.sign.value,
-        "NAN_CODE": None if quantizer.e2m1 is None else quantizer.e2m1.nan_code,
+        "divides": quantizer.divides and not by_reciprocal,
+        "ordinary": _ordinary(quantizer),
+        "quotient_rounding": DTYPE_NAMES[quantizer.quotient],
+        "whole": None if quantizer.rounding is Rounding.CAST else quantizer.rounding.value,
+        "adds_zero": quantizer.adds_zero,
+        "clamp": None if _cast_clamps(quantizer) else quantizer.clamp,
+        "clamp_low": quantizer.clamp_low if quantizer.clamp_low is not None else -(quantizer.clamp or 0.0),
+        "largest": _LARGEST.get(quantizer.code),
+        "overflow": _overflow(quantizer),
+        "ties": None if quantizer.e2m1 is None else quantizer.e2m1.ties.value,
+        "sign": None if quantizer.e2m1 is None else quantizer.e2m1.sign.value,
+        "nan_code": None if quantizer.e2m1 is None else quantizer.e2m1.nan_code,
     }
-    return {"PROGRAM": program(factor, quantizer.scale), "CODES": tuple(codes.items())}
+    return {"PROGRAM": program(factor, quantizer.scale), "CODES": json.dumps(codes)}

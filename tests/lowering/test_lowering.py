@@ -1,7 +1,13 @@
 """Matching, rewriting and lowering of CUDA graphs, pretended: no GPU is needed."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
+import triton
+from torch import fx
+from torch._higher_order_ops import triton_kernel_wrap as wrap
+from triton.backends.compiler import GPUTarget
 
 from fusion_pass import graph_pass, inductor
 from fusion_pass.fake_device import relabelled
@@ -11,6 +17,7 @@ import opaque_ops
 import spelled
 
 BF16 = torch.bfloat16
+TARGET = GPUTarget("cuda", 90, 32)
 LAUNCH = torch.ops.higher_order.triton_kernel_wrapper_functional
 
 
@@ -66,6 +73,19 @@ def test_an_op_becomes_one_kernel_launch(fn, shapes, outputs):
     assert not calls_fusion_pass(graph)
     assert len(launch.kwargs["tensors_to_clone"]) == outputs
     assert len(report.fused) == 1
+
+
+@pytest.mark.parametrize(("fn", "shapes"), [(add_norm, [(8, 512), (8, 512), (512,)]), (silu, [(8, 1024)])])
+def test_inductor_can_analyse_the_kernel(fn, shapes, monkeypatch):
+    """It traces the kernel to learn what is written, and would otherwise take every input for written, with a warning."""
+    (launch,) = launches(lowered(fn, *shapes)[1])
+    monkeypatch.setattr(triton.runtime.driver, "_active", SimpleNamespace(get_current_target=lambda: TARGET))
+    arguments = fx.node.map_arg(launch.kwargs["kwargs"], lambda node: node.meta["val"])
+    arguments = {**arguments, **wrap.kernel_side_table.get_constant_args(launch.kwargs["constant_args_idx"])}
+    kernel = wrap.kernel_side_table.get_kernel(launch.kwargs["kernel_idx"])
+    module, names = wrap.generate_ttir(kernel, arguments, {})
+    assert "fused_quant_kernel" in str(module)
+    assert {"x_ptr", "code_ptr", "scale_ptr"} <= set(names)
 
 
 def test_a_cuda_graph_multiplies_by_reciprocals():
