@@ -15,7 +15,7 @@ import torch
 import triton
 from torch import fx
 
-from . import debug, distances, rounding, settings
+from . import cost, debug, distances, rounding, settings
 from .failures import ExpectedError, FusionPassError, Undo, contained, during, tell
 from .inductor import CustomGraphPass, SchedulePass, counters, spread_schedule
 from .lower import lower
@@ -44,9 +44,9 @@ def run(graph: fx.Graph, devices: Collection[str], *, strict: bool = False, to_k
             :class:`fusion_pass.failures.FusionPassError` if the pass fails.
     """
     errors: list[FusionPassError] = []
-    limit = settings.limit()
+    limit, always = settings.limit(), settings.always()
     with _uncollected(), contained(graph, strict=strict, errors=errors) as undo, during("run"):
-        return _run(graph, undo, devices, strict, to_kernels, limit)
+        return _run(graph, undo, devices, strict, to_kernels, limit, always)
     missed = [Miss("failure", str(error), error.site or "the graph", "an unknown line") for error in errors]
     return Report(missed=missed)
 
@@ -64,10 +64,18 @@ def _uncollected() -> Iterator[None]:
 
 
 def _run(
-    graph: fx.Graph, undo: Undo, devices: Collection[str], strict: bool, to_kernels: bool, limit: int | None
+    graph: fx.Graph,
+    undo: Undo,
+    devices: Collection[str],
+    strict: bool,
+    to_kernels: bool,
+    limit: int | None,
+    always: bool,
 ) -> Report:
     with during("plan"):
         report, values = plan(graph, devices)
+        if values is not None and not always:
+            cost.decline(report, values)
     if not report.eligible and not report.missed:
         return report
     with during("record"):
@@ -141,7 +149,7 @@ class FusionPass(_InstalledPass):
         try:
             with during("cache key"):
                 table = op_table.fingerprint()
-                return table and ("fusion_pass", source_hash(), self.devices, self.strict, table)
+                return table and ("fusion_pass", source_hash(), self.devices, self.strict, settings.always(), table)
         except FusionPassError as error:
             if self.strict:
                 raise

@@ -26,3 +26,15 @@ def limit() -> int | None:
     if not value.isdecimal():
         raise ValueError(f"FUSION_PASS_LIMIT is {value!r}; allowed: a number of sites, 0 or more")
     return int(value)
+
+
+def always() -> bool:
+    """FUSION_PASS_ALWAYS: 1 fuses also the sites that are expected to be slower fused; unset or 0 leaves them to Inductor.
+
+    Raises:
+        ValueError: it is neither.
+    """
+    value = os.environ.get("FUSION_PASS_ALWAYS", "")
+    if value not in ("", "0", "1"):
+        raise ValueError(f"FUSION_PASS_ALWAYS is {value!r}; allowed: 0 or 1")
+    return value == "1"

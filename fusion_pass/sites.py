@@ -100,8 +100,9 @@ class Miss:
     """A site that was left as it is, in whole or in part.
 
     Attributes:
-        kind: ``quantizer`` (a quantizing cast that no rule explains), ``prologue`` (a quantizer that fused alone), or
-            ``op`` (a call of a registered op that was left as it is).
+        kind: ``quantizer`` (a quantizing cast that no rule explains), ``prologue`` (a quantizer that fused alone),
+            ``op`` (a call of a registered op that was left as it is), ``cost`` (a site that would be slower fused),
+            ``limit`` (one beyond FUSION_PASS_LIMIT), or ``failure`` (a defect of the pass).
         reason: what stopped the match.
         node: the operation at which it stopped, as text.
         location: the user's file and line.

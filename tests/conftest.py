@@ -5,6 +5,9 @@ import os
 import pytest
 import torch
 
+# Tests compute what they quantize in whatever way is short: what fusing it would cost is no matter, but to tests of that.
+os.environ["FUSION_PASS_ALWAYS"] = "1"
+
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # read when Triton is imported
 

@@ -1,0 +1,102 @@
+"""Sites whose input Inductor would have computed in the same kernel are left to it, on GPUs."""
+
+import pytest
+import torch
+
+from fusion_pass import graph_pass, inductor, settings
+from fusion_pass.fake_device import relabelled
+
+import opaque_ops
+import spelled
+
+BF16 = torch.bfloat16
+
+
+def gated(both, w):
+    return spelled.per_group(spelled.silu_mul(*(both + 1).chunk(2, -1)))
+
+
+def residual(x, w, r):
+    total = x * 0.25 + r
+    return *spelled.per_token(spelled.rms_norm(total, w)), total
+
+
+def read_twice(x, w):
+    y = torch.relu(x)
+    return *spelled.per_token(spelled.rms_norm(y, w)), y
+
+
+def per_tensor(x):
+    scale = x.float().abs().amax().clamp(min=1e-10) / 448.0
+    return (x.float() / scale).clamp(-448.0, 448.0).to(spelled.E4M3), scale
+
+
+def report_on(fn, device="cuda", inputs=2):
+    """The report on fn, were its tensors on that device."""
+    reports = []
+
+    def compiler(gm, _):
+        graph = relabelled(gm, torch.device(device, 0)).graph if device == "cuda" else gm.graph
+        reports.append(graph_pass.run(graph, (device,)))
+        return gm.forward
+
+    tensors = [torch.empty(8, 256, dtype=BF16), torch.empty(256, dtype=BF16), torch.empty(8, 256, dtype=BF16)]
+    torch.compile(fn, backend=lambda gm, i: inductor.compile_without_joint_passes(gm, i, compiler))(*tensors[:inputs])
+    return reports[0]
+
+
+@pytest.fixture
+def _by_cost(monkeypatch):
+    monkeypatch.delenv("FUSION_PASS_ALWAYS")
+
+
+@pytest.mark.usefixtures("_by_cost")
+@pytest.mark.parametrize(
+    ("fn", "inputs", "producer"),
+    [
+        (lambda x, w: spelled.per_token(spelled.rms_norm(x * 2, w)), 2, "mul"),
+        (lambda x, w: spelled.per_token(torch.relu(x).view(2, 4, 256)), 2, "relu"),
+        (gated, 2, "add"),
+        (residual, 3, "mul"),
+    ],
+)
+def test_what_one_site_reads_alone_is_left_to_inductor(fn, inputs, producer):
+    report = report_on(fn, inputs=inputs)
+    assert not report.fused
+    (miss,) = report.missed
+    assert miss.kind == "cost"
+    assert f"reads {producer}" in miss.reason
+
+
+@pytest.mark.usefixtures("_by_cost")
+@pytest.mark.parametrize(
+    "fn",
+    [
+        lambda x, w: spelled.per_token(spelled.rms_norm(x, w)),
+        lambda x, w: spelled.per_token(spelled.rms_norm(torch.mm(x, x.t()) @ x, w)),
+        lambda x, w: spelled.per_token(x.view(4, 2, 256).float()),
+        read_twice,
+        # Inductor computes the producer of a transpose, or of an amax of all values, twice.
+        lambda x, w: spelled.per_group((x * 2).view(64, 32).t().contiguous(), 32),
+        lambda x, w: per_tensor(x * 2),
+        # What is an op reads memory without the pass, too.
+        lambda x, w: opaque_ops.per_token(opaque_ops.rms_norm(torch.relu(x), w)),
+    ],
+)
+def test_inputs_that_are_in_memory_are_fused(fn):
+    assert report_on(fn).fused
+
+
+@pytest.mark.usefixtures("_by_cost")
+def test_costs_were_measured_on_gpus():
+    assert report_on(lambda x, w: spelled.per_token(x * 2), device="cpu").fused
+
+
+def test_always_fuses_and_is_part_of_the_cache_key(monkeypatch):
+    assert report_on(lambda x, w: spelled.per_token(x * 2)).fused
+    key = graph_pass.FusionPass(("cuda",)).uuid()
+    monkeypatch.setenv("FUSION_PASS_ALWAYS", "0")
+    assert graph_pass.FusionPass(("cuda",)).uuid() != key
+    monkeypatch.setenv("FUSION_PASS_ALWAYS", "yes")
+    with pytest.raises(ValueError, match="FUSION_PASS_ALWAYS is 'yes'; allowed: 0 or 1"):
+        settings.always()
