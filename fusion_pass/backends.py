@@ -44,9 +44,10 @@ def collecting(
 
     With ``pretend``, graphs are analysed as if they were on that device, and run unfused.
     """
-    from . import fake_device, graph_pass, inductor
+    from . import fake_device, floats, graph_pass, inductor
 
     def compiler(gm: fx.GraphModule, _: Sequence[Any]) -> Callable[..., Any]:
+        floats.specialize(gm.graph, devices)
         # Its branches and regions are graphs of their own.
         for module in [m for m in gm.modules() if isinstance(m, fx.GraphModule)]:
             subject = module if pretend is None else fake_device.relabelled(module, pretend)

@@ -15,7 +15,7 @@ import torch
 import triton
 from torch import fx
 
-from . import debug, rounding, settings
+from . import debug, floats, rounding, settings
 from .failures import ExpectedError, FusionPassError, Undo, contained, during, tell
 from .inductor import CustomGraphPass, counters
 from .lower import lower
@@ -150,9 +150,14 @@ class FusionPass(_InstalledPass):
 
 
 class RoundingGuard(_InstalledPass):
-    """Hides rounding points from Inductor's joint-graph passes; :class:`FusionPass` shows them again."""
+    """Hides rounding points from Inductor's joint-graph passes; :class:`FusionPass` shows them again.
+
+    Before it does, floats that sites need as numbers become constants.
+    """
 
     def __call__(self, graph: fx.Graph) -> None:
+        with contained(graph, strict=self.strict):
+            floats.specialize(graph, self.devices)
         with contained(graph, strict=self.strict) as undo, during("hide roundings"):
             undo.remember()
             rounding.hide(graph)
