@@ -330,16 +330,18 @@ def compile_without_joint_passes(
 def compile_with_inductor(
     gm: fx.GraphModule,
     inputs: Sequence[Any],
+    mode: str | None,
     options: dict[str, Any] | None,
     around: contextlib.ContextDecorator,
 ) -> Callable[..., Any]:
-    """Inductor as a backend of torch.compile, each graph compiled within ``around``.
+    """Inductor as a backend of torch.compile with its mode and options, each graph compiled within ``around``.
 
     A backward graph is compiled when it first runs, long after this has returned.
     """
     compile_fx = _private("torch._inductor.compile_fx", "compile_fx")
     each_graph = around(_private("torch._inductor.compile_fx", "compile_fx_inner"))
-    return compile_fx(gm, inputs, inner_compile=each_graph, config_patches=options)  # type: ignore[no-any-return]
+    patches = _private("torch", "_TorchCompileInductorWrapper")(mode, options, None).config
+    return compile_fx(gm, inputs, inner_compile=each_graph, config_patches=patches)  # type: ignore[no-any-return]
 
 
 class _Recorder:
