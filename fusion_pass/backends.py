@@ -12,24 +12,36 @@ from . import registration
 from .sites import Report
 
 
-def fusion_pass(gm: fx.GraphModule, inputs: Sequence[Any], **options: Any) -> Callable[..., Any]:
+def fusion_pass(
+    gm: fx.GraphModule, inputs: Sequence[Any], *, mode: str | None = None, options: dict[str, Any] | None = None
+) -> Callable[..., Any]:
     """``torch.compile(model, backend="fusion_pass")``: Inductor with the pass, without registering it.
 
     Args:
-        options: as ``torch.compile``'s for Inductor.
+        mode, options: as ``torch.compile``'s for Inductor.
+
+    Raises:
+        RuntimeError: Inductor has no such mode or option.
     """
     from . import inductor
 
     with registration.enabled(registration.DEVICES):
         each_graph = registration.enabled(registration.DEVICES)
-        return inductor.compile_with_inductor(gm, inputs, options.get("options"), around=each_graph)
+        return inductor.compile_with_inductor(gm, inputs, mode, options, around=each_graph)
 
 
-def fusion_pass_eager(gm: fx.GraphModule, inputs: Sequence[Any], **_: Any) -> Callable[..., Any]:
+def fusion_pass_eager(gm: fx.GraphModule, inputs: Sequence[Any], **inductors: Any) -> Callable[..., Any]:
     """``torch.compile(model, backend="fusion_pass_eager")``: the rewritten graph, run node by node as eager would.
 
     For debugging and fuzzing: what differs from eager here is the rewriting's doing, not Inductor's.
+
+    Raises:
+        ValueError: a mode or options are given, which are Inductor's.
     """
+    for name, value in inductors.items():
+        raise ValueError(
+            f'{name} is {value!r}; allowed with backend="fusion_pass_eager": none, use backend="fusion_pass"'
+        )
     return collecting(Report())(gm, inputs)
 
 
@@ -44,9 +56,10 @@ def collecting(
 
     With ``pretend``, graphs are analysed as if they were on that device, and run unfused.
     """
-    from . import fake_device, graph_pass, inductor
+    from . import fake_device, floats, graph_pass, inductor
 
     def compiler(gm: fx.GraphModule, _: Sequence[Any]) -> Callable[..., Any]:
+        floats.specialize(gm.graph, devices)
         # Its branches and regions are graphs of their own.
         for module in [m for m in gm.modules() if isinstance(m, fx.GraphModule)]:
             subject = module if pretend is None else fake_device.relabelled(module, pretend)

@@ -15,7 +15,7 @@ import torch
 import triton
 from torch import fx
 
-from . import cost, debug, distances, rounding, settings
+from . import cost, debug, distances, floats, rounding, settings
 from .failures import ExpectedError, FusionPassError, Undo, contained, during, tell
 from .inductor import CustomGraphPass, SchedulePass, counters, spread_schedule
 from .lower import lower
@@ -158,9 +158,14 @@ class FusionPass(_InstalledPass):
 
 
 class RoundingGuard(_InstalledPass):
-    """Hides rounding points from Inductor's joint-graph passes; :class:`FusionPass` shows them again."""
+    """Hides rounding points from Inductor's joint-graph passes; :class:`FusionPass` shows them again.
+
+    Before it does, floats that sites need as numbers become constants.
+    """
 
     def __call__(self, graph: fx.Graph) -> None:
+        with contained(graph, strict=self.strict):
+            floats.specialize(graph, self.devices)
         with contained(graph, strict=self.strict) as undo, during("hide roundings"):
             undo.remember()
             rounding.hide(graph)

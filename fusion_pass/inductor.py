@@ -9,11 +9,11 @@ from __future__ import annotations
 import bisect
 import contextlib
 import importlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass
 from functools import cache
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import fx
@@ -40,6 +40,7 @@ try:
     from torch.fx.experimental.symbolic_shapes import guard_or_false as known
     from torch.utils._config_module import _UNSET_SENTINEL as _UNSET
     from torch.utils._python_dispatch import _disable_current_modes, is_traceable_wrapper_subclass
+    from torch.utils._sympy.symbol import SymT, symbol_is_type
 except ImportError as error:
     raise UnsupportedTorchError(error) from error
 
@@ -49,6 +50,7 @@ __all__ = [
     "SCHEDULE",
     "CustomGraphPass",
     "FakeTensorMode",
+    "FloatInput",
     "PassChain",
     "Previous",
     "SchedulePass",
@@ -58,10 +60,12 @@ __all__ = [
     "compile_without_joint_passes",
     "counters",
     "fake_mode_of",
+    "float_inputs",
     "functional_launch",
     "is_traceable_wrapper_subclass",
     "known",
     "launch_kernels_statically",
+    "make_constants",
     "make_fx",
     "parse_schema",
     "real_tensors",
@@ -320,6 +324,51 @@ def stored_number(node: fx.Node) -> float | None:
         return float(stored)
 
 
+@dataclass(frozen=True)
+class FloatInput:
+    """A Python float that Dynamo made an input of the graph: a 0-d float64 tensor on the CPU."""
+
+    symbol: str
+    value: float
+
+
+def float_inputs(graph: fx.Graph) -> dict[fx.Node, FloatInput]:
+    """The floats among the inputs of a graph that Dynamo captured; none where they cannot be told from tensors.
+
+    A graph does not say which float an input is, but Dynamo adds inputs in the order in which it names floats.
+    """
+    inputs = [n for n in graph.nodes if n.op == "placeholder" and _is_number(n.meta.get("val"))]
+    if not inputs:
+        return {}
+    context = torch._guards.TracingContext.try_get()
+    shape_env = getattr(getattr(context, "fake_mode", None), "shape_env", None)
+    if shape_env is None:
+        return {}
+    is_constant = _private("torch._dynamo.symbolic_convert", "TensorifyState").should_specialize
+    floats = [
+        FloatInput(str(symbol), float(value))
+        for symbol, value in shape_env.backed_var_to_val.items()
+        if symbol_is_type(symbol, SymT.FLOAT) and not is_constant(str(symbol))
+    ]
+    return dict(zip(inputs, floats, strict=True)) if len(inputs) == len(floats) else {}
+
+
+def _is_number(value: Any) -> bool:
+    is_tensor = isinstance(value, torch.Tensor) and value.device.type == "cpu"
+    return is_tensor and value.dim() == 0 and value.dtype is torch.float64
+
+
+def make_constants(floats: Iterable[FloatInput]) -> NoReturn:
+    """Have Dynamo capture the graph anew with these floats as constants, which its guards then compare.
+
+    As for floats that become no tensors, such as sizes. It works until Inductor compiles the graph, whose own
+    errors would hide the request; and no cache has stored the graph by then.
+    """
+    for needed in floats:
+        _private("torch._dynamo.symbolic_convert", "TensorifyState").specialize(needed.symbol)
+    raise _private("torch._dynamo.exc", "TensorifyScalarRestartAnalysis")
+
+
 def compile_without_joint_passes(
     gm: fx.GraphModule, inputs: Sequence[Any], compiler: Callable[[fx.GraphModule, Sequence[Any]], Callable[..., Any]]
 ) -> Callable[..., Any]:
@@ -340,16 +389,18 @@ def compile_without_joint_passes(
 def compile_with_inductor(
     gm: fx.GraphModule,
     inputs: Sequence[Any],
+    mode: str | None,
     options: dict[str, Any] | None,
     around: contextlib.ContextDecorator,
 ) -> Callable[..., Any]:
-    """Inductor as a backend of torch.compile, each graph compiled within ``around``.
+    """Inductor as a backend of torch.compile with its mode and options, each graph compiled within ``around``.
 
     A backward graph is compiled when it first runs, long after this has returned.
     """
     compile_fx = _private("torch._inductor.compile_fx", "compile_fx")
     each_graph = around(_private("torch._inductor.compile_fx", "compile_fx_inner"))
-    return compile_fx(gm, inputs, inner_compile=each_graph, config_patches=options)  # type: ignore[no-any-return]
+    patches = _private("torch", "_TorchCompileInductorWrapper")(mode, options, None).config
+    return compile_fx(gm, inputs, inner_compile=each_graph, config_patches=patches)  # type: ignore[no-any-return]
 
 
 class _Recorder:

@@ -21,6 +21,7 @@ _STYLE = """
 body { margin: 1.5rem; font: 15px/1.45 system-ui, sans-serif; color: var(--ink); background: var(--paper); }
 h1 { font-size: 1.3rem; } h2 { font-size: 1.05rem; margin-top: 1.8rem; }
 table { border-collapse: collapse; width: 100%; } th, td { text-align: left; vertical-align: top; padding: .35rem .6rem; border-bottom: 1px solid var(--line); }
+td:not(.number) { overflow-wrap: anywhere; min-width: 6rem; } td:first-child { min-width: 0; }
 td.number { text-align: right; font-variant-numeric: tabular-nums; white-space: nowrap; } th { color: var(--quiet); font-weight: 600; }
 code, pre { font: 12.5px/1.5 ui-monospace, monospace; } a { color: inherit; }
 .quiet { color: var(--quiet); }

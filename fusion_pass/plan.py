@@ -9,8 +9,9 @@ from __future__ import annotations
 import dataclasses
 import functools
 import operator
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -42,12 +43,17 @@ from .transposes import read_in_place
 _NEAR_MISS = 2
 
 
-def plan(graph: fx.Graph, devices: Collection[str]) -> tuple[Report, Values | None]:
+def plan(
+    graph: fx.Graph, devices: Collection[str], numbers: Mapping[fx.Node, float] = MappingProxyType({})
+) -> tuple[Report, Values | None]:
     """The sites of ``graph`` on ``devices`` in topological order, and what was left, with the reason.
 
     Also the graph's values, which rewriting needs again, or None if it quantizes nothing.
+
+    Args:
+        numbers: inputs that are to be taken for constants.
     """
-    planner = _Planner(graph, devices)
+    planner = _Planner(graph, devices, numbers)
     return planner.run(), getattr(planner, "values", None)
 
 
@@ -75,9 +81,10 @@ class _Located:
 class _Planner:
     values: Values
 
-    def __init__(self, graph: fx.Graph, devices: Collection[str]) -> None:
+    def __init__(self, graph: fx.Graph, devices: Collection[str], numbers: Mapping[fx.Node, float]) -> None:
         self.graph = graph
         self.devices = devices
+        self.numbers = numbers
         self.report = Report()
         # Most graphs quantize nothing: number their values only if they do.
         called = [n for n in graph.nodes if n.op == "call_function"]
@@ -99,6 +106,7 @@ class _Planner:
                 self._refuse("op", reason, node)
         if self.casts:
             self.values = Values(self.graph)
+            self.values.numbers.update(self.numbers)
             self.casts = [n for n in self.casts if returns_codes(n) or quantizes(n, self.values)]
             self.order = {node: i for i, node in enumerate(self.graph.nodes)}
             for value, group in self._groups().items():

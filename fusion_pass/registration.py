@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import threading
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 DEVICES = ("cuda", "cpu")
 
@@ -57,20 +59,31 @@ def _checked(devices: Sequence[str], strict: bool) -> _Options:
 def _install() -> None:
     """Have Inductor's config hold the passes of the last options, or none."""
     from . import inductor
-    from .graph_pass import DistanceKeeper, FusionPass, RoundingGuard
 
     _undo.close()
     if not (wanted := [*_registered, *_scopes]):
         return
-    options = wanted[-1]
-    for slot, graph_pass in (
-        (inductor.PRE_JOINT, RoundingGuard(options.devices, options.strict)),
-        (inductor.POST_GRAD, FusionPass(options.devices, options.strict)),
-        (inductor.SCHEDULE, DistanceKeeper(options.strict)),
-    ):
+    for slot, graph_pass in _passes(wanted[-1].devices, wanted[-1].strict):
         _undo.callback(inductor.remove_pass, slot, graph_pass, inductor.add_pass(slot, graph_pass))
     _undo.callback(inductor.realize_kernel_inputs, inductor.realize_kernel_inputs(True))
     _undo.callback(inductor.restore_launches, inductor.launch_kernels_statically())
+
+
+@functools.cache
+def _passes(devices: tuple[str, ...], strict: bool) -> tuple[tuple[str, Any], ...]:
+    """The slots and what stands in them.
+
+    The same objects each time: leaving a ``config.patch`` that began while they were installed brings them back, and they
+    must be known then as ours.
+    """
+    from . import inductor
+    from .graph_pass import DistanceKeeper, FusionPass, RoundingGuard
+
+    return (
+        (inductor.PRE_JOINT, RoundingGuard(devices, strict)),
+        (inductor.POST_GRAD, FusionPass(devices, strict)),
+        (inductor.SCHEDULE, DistanceKeeper(strict)),
+    )
 
 
 def unregister() -> None:

@@ -1,7 +1,10 @@
 """Switching the pass on and off, beside other passes; what the compile caches see of it."""
 
+import re
+
 import pytest
 import torch
+from torch._dynamo.exc import BackendCompilerFailed
 from torch._dynamo.utils import counters
 from torch._inductor import config
 from torch._inductor.custom_graph_pass import CustomGraphPass
@@ -9,6 +12,7 @@ from torch._inductor.custom_graph_pass import CustomGraphPass
 import fusion_pass
 from fusion_pass import graph_pass, inductor
 from fusion_pass.backends import collecting
+from fusion_pass.graph_pass import FusionPass
 from fusion_pass.testing import compare
 
 import spelled
@@ -182,6 +186,55 @@ def test_the_backend_fuses_backward_graphs_too(device):
         assert compare(gradient(compiled, x, w), gradient(QuantizedGradient.apply, x, w)).equal
     assert counters["fusion_pass"]["quant_per_token"] == 1
     assert installed() == before
+
+
+@pytest.fixture
+def compiled_with(monkeypatch):
+    """What Inductor's config was as each graph was compiled."""
+    seen = []
+    monkeypatch.setattr(FusionPass, "__call__", lambda self, graph: seen.append(config.get_config_copy()))
+    return seen
+
+
+@pytest.mark.parametrize(
+    ("asked", "names"),
+    [
+        ({"mode": "reduce-overhead"}, ["triton.cudagraphs"]),
+        ({"mode": "max-autotune"}, ["max_autotune", "coordinate_descent_tuning", "triton.cudagraphs"]),
+        ({"mode": "max-autotune-no-cudagraphs"}, ["max_autotune", "coordinate_descent_tuning"]),
+        ({"options": {"max_autotune": True, "shape-padding": False}}, ["max_autotune"]),
+    ],
+)
+def test_the_backend_takes_the_modes_and_options_of_inductor(asked, names, compiled_with):
+    switches = {"triton.cudagraphs", "max_autotune", "coordinate_descent_tuning", "shape_padding"}
+    with config.patch(force_disable_caches=True):
+        torch.compile(lambda x: x + 1, backend="fusion_pass", **asked)(torch.ones(4))
+    (seen,) = compiled_with
+    assert {name for name in switches if seen[name]} == {*names, *({"shape_padding"} if "mode" in asked else ())}
+
+
+def test_a_pass_among_the_options_runs_before_ours(device):
+    seen = []
+    tensors = arguments(device)
+    counters.clear()
+    other = {"options": {inductor.POST_GRAD: seen.append}}
+    assert compare(torch.compile(fn, backend="fusion_pass", **other)(*tensors), fn(*tensors)).equal
+    assert len(seen) == 1
+    assert counters["fusion_pass"]["fused"] == 1
+
+
+@pytest.mark.parametrize(
+    ("backend", "asked", "message"),
+    [
+        ("fusion_pass", {"mode": "fastest"}, "Unrecognized mode=fastest, should be one of: default"),
+        ("fusion_pass", {"options": {"fastest": True}}, "Unexpected optimization option fastest"),
+        ("fusion_pass_eager", {"mode": "reduce-overhead"}, "mode is 'reduce-overhead'; allowed with"),
+        ("fusion_pass_eager", {"options": {"max_autotune": True}}, "options is {'max_autotune': True}; allowed with"),
+    ],
+)
+def test_a_backend_refuses_what_it_does_not_know(backend, asked, message):
+    with pytest.raises(BackendCompilerFailed, match=re.escape(message)):
+        torch.compile(lambda x: x + 1, backend=backend, **asked)(torch.ones(4))
 
 
 @pytest.mark.parametrize("backend", ["fusion_pass_eager"])

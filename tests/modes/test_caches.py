@@ -29,12 +29,27 @@ def norm(x, w):
 
 with torch.no_grad():
     equal = compare(torch.compile(norm)(x, w), norm(x, w)).equal
+MORE
 print(json.dumps({
     "equal": equal,
     "fused": counters["fusion_pass"]["fused"],
     "graph cache hits": counters["inductor"]["fxgraph_cache_hit"],
     "autograd cache hits": counters["aot_autograd"]["autograd_cache_hit"],
 }))
+"""
+
+# A module whose eps is an attribute, which dynamic=True makes an input, with two values of it.
+ATTRIBUTE = """
+class Norm(torch.nn.Module):
+    def forward(self, x):
+        return spelled.per_token(spelled.rms_norm(x, self.weight, self.eps))
+
+module = Norm()
+module.weight = torch.nn.Parameter(w)
+compiled = torch.compile(module, dynamic=True)
+with torch.no_grad():
+    for module.eps in (1e-6, 1e2):
+        equal = equal and compare(compiled(x), module(x)).equal
 """
 
 
@@ -44,12 +59,16 @@ def sources(tmp_path):
     package = tmp_path / "installed" / "fusion_pass"
     shutil.copytree(Path(fusion_pass.__file__).parent, package)
     for folder in ("patterns", "kernels"):
-        shutil.copytree(Path(__import__(f"fusion_pass.{folder}", fromlist="_").__file__).parent, package / folder)
+        shutil.copytree(
+            Path(__import__(f"fusion_pass.{folder}", fromlist="_").__file__).parent,
+            package / folder,
+            dirs_exist_ok=True,
+        )
     return package
 
 
-def run(sources, device, *, strict=False, autograd_cache=True):
-    """What a fresh process that compiles a site counts."""
+def run(sources, device, *, strict=False, autograd_cache=True, more=""):
+    """What a fresh process that compiles a site, and more, counts."""
     environment = {
         **os.environ,
         "PYTHONPATH": os.pathsep.join([str(sources.parent), str(ROOT / "tests")]),
@@ -58,7 +77,7 @@ def run(sources, device, *, strict=False, autograd_cache=True):
         "TORCHINDUCTOR_AUTOGRAD_CACHE": str(int(autograd_cache)),
     }
     arguments = [device, "strict" if strict else "lenient"]
-    command = [sys.executable, "-c", SCRIPT, *arguments]
+    command = [sys.executable, "-c", SCRIPT.replace("MORE", more), *arguments]
     # Not from the root of the repository, whose folders are named like the package.
     done = subprocess.run(command, cwd=sources.parent, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
@@ -78,3 +97,11 @@ def test_caches_across_processes(sources, device):
     with (sources / "kernels" / "arithmetic.py").open("a") as source:
         source.write("# another version\n")
     assert run(sources, device) == first
+
+
+def test_a_float_that_becomes_a_constant_is_part_of_the_key(sources, device):
+    """Graphs in which it still is an input are never stored, so that Dynamo's guards compare it in warm starts too."""
+    first = run(sources, device, more=ATTRIBUTE)
+    assert first == {"fused": 3, "graph cache hits": 0, "autograd cache hits": 0}
+    warm = run(sources, device, more=ATTRIBUTE)
+    assert (warm["fused"], warm["autograd cache hits"]) == (0, 3)

@@ -50,6 +50,17 @@ def test_modes_equal_eager_in_every_run(mode, fullgraph, fused):
     assert counters["inductor"]["cudagraph_skips"] == 0
 
 
+def test_the_backend_takes_a_mode(fused):
+    fusion_pass.unregister()
+    compiled = torch.compile(block, backend="fusion_pass", mode="reduce-overhead")
+    for _ in range(4):
+        given = operands(64)
+        torch.compiler.cudagraph_mark_step_begin()
+        assert compare([output.clone() for output in compiled(*given)], list(block(*given))).equal
+    assert fused() == SITES
+    assert counters["inductor"]["cudagraph_skips"] == 0
+
+
 def test_replays_of_several_sizes(fused, graphs):
     compiled = torch.compile(block, mode="reduce-overhead")
     for _ in range(3):

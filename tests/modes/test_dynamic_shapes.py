@@ -80,20 +80,63 @@ def test_many_rows(device, backend, graphs):
 
 
 class Norm(torch.nn.Module):
-    def __init__(self, device):
-        super().__init__()
-        self.eps = 1e-6
-        self.weight = torch.nn.Parameter(torch.randn(WIDTH, device=device).to(torch.bfloat16), requires_grad=False)
+    """A norm whose eps is an attribute, and a factor that varies from call to call."""
 
-    def forward(self, x):
+    def __init__(self, device, eps=1e-6):
+        super().__init__()
+        self.eps = eps
+        self.weight = torch.nn.Parameter(torch.randn(WIDTH, device=device).to(torch.bfloat16))
+
+    def forward(self, x, factor=None):
+        x = x if factor is None else x * factor
         h = x.float()
         h = h * torch.rsqrt(h.square().mean(-1, keepdim=True) + self.eps)
         return spelled.per_token(self.weight * h.to(x.dtype))
 
 
-@pytest.mark.parametrize("specialized", [False, True])
-def test_an_eps_that_dynamo_makes_an_input_is_no_constant(specialized, device, backend, fused):
+INDUCTOR_OR_EAGER = pytest.mark.parametrize("executor", ["fusion_pass", "fusion_pass_eager"])
+
+
+@INDUCTOR_OR_EAGER
+@pytest.mark.parametrize("grad", [False, True])
+def test_an_eps_that_dynamo_makes_an_input_becomes_a_constant(executor, grad, device, fused, graphs):
+    """With dynamic=True, in graphs of inference and of training; each eps has a graph of its own."""
+    module = Norm(device)
+    compiled = torch.compile(module, backend=executor, dynamic=True)
+    with torch.set_grad_enabled(grad):
+        for eps, captured in ((1e-6, 1), (1e2, 2), (1e-6, 2)):
+            module.eps = eps
+            for rows in (5, 9):
+                x = spelled.exact_rows(rows, WIDTH, device=device)
+                (codes, scale), expected = compiled(x), module(x)
+                assert compare((codes, scale.detach()), (expected[0], expected[1].detach())).equal
+            assert graphs() == captured
+    assert fused() == {"rms_norm_per_token": 2}
+
+
+@INDUCTOR_OR_EAGER
+def test_an_eps_beside_a_float_that_stays_an_input(executor, device, fused, graphs):
     module, x = Norm(device), spelled.exact_rows(5, WIDTH, device=device)
-    with torch._dynamo.config.patch(specialize_float=specialized):
-        torch.compile(module, backend=backend, dynamic=True)(x)
-    assert ("rms_norm_per_token" in fused()) is specialized
+    compiled = torch.compile(module, backend=executor, dynamic=True)
+    for factor in (2.0, 4.0, 0.5, 8.0):
+        assert compare(compiled(x, factor), module(x, factor)).equal
+    assert graphs() == 1
+    assert fused() == {"rms_norm_per_token": 1}
+
+
+def test_layers_of_one_code_and_several_eps(device, backend, fused, graphs):
+    """At its second eps Dynamo makes an input of it, without being asked to."""
+    x = spelled.exact_rows(5, WIDTH, device=device)
+    for eps in (1e-6, 1e-5, 1e-2):
+        module = Norm(device, eps)
+        module.compile(backend=backend)
+        assert compare(module(x), module.forward(x)).equal
+    assert graphs() == 3
+    assert fused() == {"rms_norm_per_token": 3}
+
+
+def test_a_float_without_a_site_stays_an_input(device, backend, graphs):
+    compiled = torch.compile(lambda x, factor: (x * factor, spelled.per_token(x)), backend=backend, dynamic=True)
+    for factor in (2.0, 3.0, 4.0):
+        compiled(spelled.exact_rows(5, WIDTH, device=device), factor)
+    assert graphs() == 1
