@@ -50,11 +50,13 @@ SITES = (
     "gelu*mul -> group",
 )
 # What each field of a configuration may be; a field that LaunchConfig lacks is not swept.
-_CHOICES: dict[str, tuple[int, ...]] = {
+_CHOICES: dict[str, tuple[Any, ...]] = {
     "rows": (1, 2, 4, 8),
     "groups": (1, 2, 4, 8, 16, 32, 64, 128, 256, 512),
     "warps": (1, 2, 4, 8, 16, 32),
-    "steps": (1, 2, 4, 8, 16),
+    # Unrolled: more would not fit the instruction cache.
+    "steps": (1, 2, 4),
+    "late_weight": (False, True),
 }
 _VALUES_PER_THREAD = (4, 128)
 _CLASSES = {"few (M ≤ 32)": 32, "some (M ≤ 1024)": 1024, "many": float("inf")}
