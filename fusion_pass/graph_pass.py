@@ -15,7 +15,7 @@ import torch
 import triton
 from torch import fx
 
-from . import cost, debug, distances, floats, rounding, settings
+from . import cost, debug, distances, floats, hardware, rounding, settings
 from .failures import ExpectedError, FusionPassError, Undo, contained, during, tell
 from .inductor import CustomGraphPass, SchedulePass, counters, spread_schedule
 from .lower import lower
@@ -74,6 +74,7 @@ def _run(
 ) -> Report:
     with during("plan"):
         report, values = plan(graph, devices)
+        hardware.decline(report)
         if values is not None and not always:
             cost.decline(report, values)
     if not report.eligible and not report.missed:

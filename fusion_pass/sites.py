@@ -102,6 +102,7 @@ class Miss:
     Attributes:
         kind: ``quantizer`` (a quantizing cast that no rule explains), ``prologue`` (a quantizer that fused alone),
             ``op`` (a call of a registered op that was left as it is), ``cost`` (a site that would be slower fused),
+            ``device`` (one whose kernel the GPU cannot run),
             ``limit`` (one beyond FUSION_PASS_LIMIT), or ``failure`` (a defect of the pass).
         reason: what stopped the match.
         node: the operation at which it stopped, as text.
