@@ -116,16 +116,16 @@ def test_the_sum_of_sglang_is_read_unrounded_and_stored_rounded(tensors):
 IR = {
     "rms_norm_per_token": lambda x, r, w: ops.per_token(torch.ops.vllm_ir.rms_norm(x, w, 1e-6)),
     "rms_norm_per_group_128": lambda x, r, w: spelled.per_group(torch.ops.vllm_ir.rms_norm(x, None, 1e-6), 128),
-    "add_rms_norm_per_token": lambda x, r, w: (
-        lambda y, total: (spelled.per_token(y), ops.per_token(y), total)
-    )(*torch.ops.vllm_ir.fused_add_rms_norm(x, r, w, 1e-6)),
+    "add_rms_norm_per_token": lambda x, r, w: (lambda y, total: (spelled.per_token(y), ops.per_token(y), total))(
+        *torch.ops.vllm_ir.fused_add_rms_norm(x, r, w, 1e-6)
+    ),
 }
 
 
 @pytest.mark.parametrize("name", IR)
 def test_norms_of_vllms_ir(name, tensors):
     report, result = fuse(IR[name], *tensors)
-    assert names(report)[0] == name
+    assert names(report) == [name]
     assert not report.missed
     assert result.equal, result
 
@@ -144,7 +144,7 @@ def test_the_sum_of_vllms_ir_is_read_unrounded(tensors):
 
 def test_a_norm_of_vllms_ir_over_a_part_of_its_rows_is_left_alone(tensors):
     report, result = fuse(lambda x, r, w: ops.per_token(torch.ops.vllm_ir.rms_norm(x, w, 1e-6, 128)), *tensors)
-    assert names(report) == ["quant_per_token"] or not report.fused
+    assert not report.fused
     assert any("first 128 values" in miss.reason for miss in report.missed)
     assert result.equal, result
 
