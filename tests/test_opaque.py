@@ -11,7 +11,7 @@ import fusion_pass
 from fusion_pass import graph_pass, inductor
 from fusion_pass.backends import collecting
 from fusion_pass.sites import Report
-from fusion_pass.specs import GatedActivation, Quantizer, RMSNorm, ScaleLayout, ScaleRule, Weight
+from fusion_pass.specs import GatedActivation, Mean, Quantizer, RMSNorm, ScaleLayout, ScaleRule, Weight
 from fusion_pass.testing import compare
 
 import opaque_ops as ops
@@ -140,6 +140,13 @@ def test_the_sum_of_vllms_ir_is_read_unrounded(tensors):
     assert report.fused[0].prologue.residual_sum is torch.float32
     # The order of summation is the kernel's: here sums of squares are not exact.
     assert result.different <= 0.01 * result.elements, result
+
+
+@pytest.mark.parametrize(("kind", "mean"), [("cpu", Mean.DIVIDE), ("cuda", Mean.RECIPROCAL)])
+def test_the_mean_of_vllms_ir_is_that_of_pytorch_on_the_device(kind, mean):
+    tensors = torch.randn(4, 256, dtype=BF16), torch.randn(4, 256, dtype=BF16), torch.randn(256, dtype=BF16)
+    (site,) = fusion_pass.explain(IR["rms_norm_per_token"], *tensors, device=kind).fused
+    assert site.prologue.mean is mean
 
 
 def test_a_norm_of_vllms_ir_over_a_part_of_its_rows_is_left_alone(tensors):
