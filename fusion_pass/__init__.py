@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from . import ops, presets
     from .explanation import explain
     from .failures import FusionPassError, FusionPassWarning
-    from .graph_pass import UnfusedSiteError
+    from .graph_pass import FusionPass, UnfusedSiteError
     from .lockfile import LostSiteError, check, lock
     from .patterns.opaque import register_op, unregister_op
     from .sites import FusedSite, Miss, Report
@@ -27,6 +27,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "FusedSite",
+    "FusionPass",
     "FusionPassError",
     "FusionPassWarning",
     "LostSiteError",
@@ -48,6 +49,7 @@ __all__ = [
 # Importing Inductor takes seconds: a program that never compiles should not pay for it.
 _LAZY = {
     "FusedSite": "sites",
+    "FusionPass": "graph_pass",
     "FusionPassError": "failures",
     "FusionPassWarning": "failures",
     "LostSiteError": "lockfile",

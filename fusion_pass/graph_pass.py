@@ -6,7 +6,7 @@ import contextlib
 import gc
 import hashlib
 import logging
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,7 @@ import torch
 import triton
 from torch import fx
 
-from . import cost, debug, distances, floats, hardware, rounding, settings
+from . import cost, debug, distances, floats, hardware, registration, rounding, settings
 from .failures import ExpectedError, FusionPassError, Undo, contained, during, tell
 from .inductor import CustomGraphPass, SchedulePass, counters, spread_schedule
 from .lower import lower
@@ -126,15 +126,22 @@ def _count(report: Report) -> None:
 
 
 class _InstalledPass(CustomGraphPass):  # type: ignore[misc]
-    """A pass that stands in the config; devices and strict as :func:`fusion_pass.register` takes them."""
+    """A pass that stands in the config.
 
-    def __init__(self, devices: Collection[str] = (), strict: bool = False) -> None:
-        self.devices = tuple(sorted(devices))
+    Args and raises: as :func:`fusion_pass.register`.
+    """
+
+    def __init__(self, devices: Sequence[str] = ("cuda",), strict: bool = False) -> None:
+        self.devices = tuple(sorted(registration.checked(devices)))
         self.strict = strict
 
 
 class FusionPass(_InstalledPass):
-    """The pass as Inductor calls it on every post-grad graph."""
+    """The pass as Inductor calls it on every post-grad graph, or a manager of passes that has Inductor's slot.
+
+    :func:`fusion_pass.register` installs it; whoever puts it into a manager must call that too, for what stands in
+    Inductor's other slots.
+    """
 
     def __call__(self, graph: fx.Graph) -> None:
         with contained(graph, strict=self.strict) as undo, during("show roundings"):

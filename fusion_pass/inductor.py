@@ -65,6 +65,7 @@ __all__ = [
     "is_traceable_wrapper_subclass",
     "known",
     "launch_kernels_statically",
+    "lower_copies",
     "make_constants",
     "make_fx",
     "parse_schema",
@@ -83,6 +84,8 @@ __all__ = [
 POST_GRAD = "post_grad_custom_post_pass"
 PRE_JOINT = "joint_custom_pre_pass"
 SCHEDULE = "_pre_fusion_custom_pass"
+_LOWERING = "torch._inductor.lowering"
+_COPY = torch.ops.aten._to_copy.default
 _TRITON_NODES = "torch._higher_order_ops.triton_kernel_wrap"
 _STATIC_LAUNCH = "static_launch_user_defined_triton_kernels"
 
@@ -246,10 +249,26 @@ def _entry(name: str) -> Any:
 
 def realize_kernel_inputs(wanted: bool) -> bool:
     """Whether Inductor computes what a Triton kernel reads once, not anew for each that reads it; returns what was."""
-    kernels = _private("torch._inductor.lowering", "needs_realized_inputs")
+    kernels = _private(_LOWERING, "needs_realized_inputs")
     mutation = _private(_TRITON_NODES, "triton_kernel_wrapper_mutation")
     before = mutation in kernels
     (kernels.add if wanted else kernels.discard)(mutation)
+    return before
+
+
+def lower_copies(wanted: bool) -> bool:
+    """Whether Inductor knows ``aten._to_copy`` with a dtype alone as the cast that it is; returns what was.
+
+    It has only a decomposition, which applies before the joint graph. :mod:`fusion_pass.rounding` writes that op there,
+    and where another pass has taken the slot of ours, nothing rewrites it before Inductor generates code.
+    """
+    lowerings = _private(_LOWERING, "lowerings")
+    before = _COPY in lowerings
+    if wanted and not before:
+        to_dtype = _private(_LOWERING, "to_dtype")
+        lowerings[_COPY] = lambda x, *, dtype: to_dtype(x, dtype)
+    elif not wanted:
+        lowerings.pop(_COPY, None)
     return before
 
 

@@ -42,18 +42,23 @@ def register(devices: Sequence[str] = ("cuda",), strict: bool = False) -> None:
     Raises:
         ValueError: ``devices`` is empty or names a device type that is not supported.
     """
-    options = _checked(devices, strict)
+    options = _Options(checked(devices), strict)
     with _lock:
         _registered[:] = [options]
         _install()
 
 
-def _checked(devices: Sequence[str], strict: bool) -> _Options:
+def checked(devices: Sequence[str]) -> tuple[str, ...]:
+    """The device types as :func:`register` takes them; also one as a string.
+
+    Raises:
+        ValueError: there is none, or one is not supported.
+    """
     devices = (devices,) if isinstance(devices, str) else tuple(devices)
     unknown = sorted(set(devices) - set(DEVICES))
     if unknown or not devices:
         raise ValueError(f"devices is {devices!r}; allowed: one or more of {', '.join(map(repr, DEVICES))}")
-    return _Options(devices, strict)
+    return devices
 
 
 def _install() -> None:
@@ -66,6 +71,7 @@ def _install() -> None:
     for slot, graph_pass in _passes(wanted[-1].devices, wanted[-1].strict):
         _undo.callback(inductor.remove_pass, slot, graph_pass, inductor.add_pass(slot, graph_pass))
     _undo.callback(inductor.realize_kernel_inputs, inductor.realize_kernel_inputs(True))
+    _undo.callback(inductor.lower_copies, inductor.lower_copies(True))
     _undo.callback(inductor.restore_launches, inductor.launch_kernels_statically())
 
 
@@ -102,7 +108,7 @@ def is_registered() -> bool:
 @contextlib.contextmanager
 def enabled(devices: Sequence[str] = ("cuda",), strict: bool = False) -> Iterator[None]:
     """:func:`register` for the duration of a ``with`` block; an earlier registration is restored after it."""
-    options = _checked(devices, strict)
+    options = _Options(checked(devices), strict)
     with _lock:
         _scopes.append(options)
         _install()

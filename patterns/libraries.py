@@ -37,6 +37,7 @@ _E4M3_MAX = 448.0
 def register() -> None:
     """Put the ops of public libraries into the table."""
     _register_vllm()
+    _register_vllm_ir()
     _register_sgl_kernel()
 
 
@@ -148,6 +149,48 @@ def _vllm_per_group(
         scale_rule=ScaleRule.DIVIDE,
         power_of_two=PowerOfTwo.CEIL if scale_ue8m0 else PowerOfTwo.NO,
     )
+
+
+def _register_vllm_ir() -> None:
+    """vLLM's ``vllm_ir``: norms in the graph until vLLM lowers them, after other passes of its manager.
+
+    Their contract is their native implementation, vllm/ir/ops/layernorm.py, which the kernels that vLLM may choose
+    approximate: PyTorch code that reads the unrounded residual sum.
+    """
+    register_op(
+        "vllm_ir::rms_norm(Tensor x, Tensor? weight, float epsilon, SymInt? variance_size=None) -> Tensor",
+        _vllm_ir_norm,
+        x="x",
+        weight="weight",
+        value=0,
+    )
+    register_op(
+        "vllm_ir::fused_add_rms_norm(Tensor x, Tensor x_residual, Tensor? weight, float epsilon, "
+        "SymInt? variance_size=None) -> (Tensor, Tensor)",
+        lambda x, x_residual, weight, epsilon, variance_size: _vllm_ir_norm(
+            x, weight, epsilon, variance_size, residual_sum=torch.float32
+        ),
+        x="x",
+        residual="x_residual",
+        weight="weight",
+        value=0,
+        sum=1,
+    )
+
+
+def _vllm_ir_norm(
+    x: torch.Tensor,
+    weight: torch.Tensor | None,
+    epsilon: float,
+    variance_size: int | None,
+    residual_sum: torch.dtype | None = None,
+) -> RMSNorm | str:
+    if variance_size is not None:
+        return f"its mean is that of the first {variance_size} values of a row"
+    norm = _norm(x, weight, epsilon, twice=weight is not None, residual_sum=residual_sum)
+    if isinstance(norm, str) or x.device.type == "cpu":
+        return norm
+    return replace(norm, mean=Mean.RECIPROCAL)
 
 
 def _register_sgl_kernel() -> None:

@@ -140,6 +140,26 @@ for _schema, _implementation in _SCHEMAS.items():
     define(_schema, _implementation)
 
 
+def vllm_ir_rms_norm(x, weight, epsilon, variance_size=None):
+    """vllm/ir/ops/layernorm.py, as its other norm."""
+    return vllm_ir_fused_add_rms_norm(x, None, weight, epsilon, variance_size)[0]
+
+
+def vllm_ir_fused_add_rms_norm(x, x_residual, weight, epsilon, variance_size=None):
+    total = x.float() if x_residual is None else x.float() + x_residual.float()
+    h = total * torch.rsqrt(total[..., :variance_size].pow(2).mean(-1, keepdim=True) + epsilon)
+    return (h if weight is None else h.to(weight.dtype) * weight).to(x.dtype), total.to(x.dtype)
+
+
+_IR = "Tensor? weight, float epsilon, SymInt? variance_size=None"
+define(f"vllm_ir::rms_norm(Tensor x, {_IR}) -> Tensor", vllm_ir_rms_norm, vllm_ir_rms_norm)
+define(
+    f"vllm_ir::fused_add_rms_norm(Tensor x, Tensor x_residual, {_IR}) -> (Tensor, Tensor)",
+    vllm_ir_fused_add_rms_norm,
+    vllm_ir_fused_add_rms_norm,
+)
+
+
 # The calls as the libraries' Python wrappers make them.
 
 

@@ -11,7 +11,7 @@ import fusion_pass
 from fusion_pass import graph_pass, inductor
 from fusion_pass.backends import collecting
 from fusion_pass.sites import Report
-from fusion_pass.specs import GatedActivation, Quantizer, RMSNorm, ScaleLayout, ScaleRule, Weight
+from fusion_pass.specs import GatedActivation, Mean, Quantizer, RMSNorm, ScaleLayout, ScaleRule, Weight
 from fusion_pass.testing import compare
 
 import opaque_ops as ops
@@ -111,6 +111,49 @@ def test_the_sum_of_sglang_is_read_unrounded_and_stored_rounded(tensors):
     assert (site.prologue.residual_sum, site.spec.sum_output) == (torch.float32, BF16)
     # The order of summation is the kernel's: here sums of squares are not exact.
     assert result.different <= 0.01 * result.elements, result
+
+
+IR = {
+    "rms_norm_per_token": lambda x, r, w: ops.per_token(torch.ops.vllm_ir.rms_norm(x, w, 1e-6)),
+    "rms_norm_per_group_128": lambda x, r, w: spelled.per_group(torch.ops.vllm_ir.rms_norm(x, None, 1e-6), 128),
+    "add_rms_norm_per_token": lambda x, r, w: (lambda y, total: (spelled.per_token(y), ops.per_token(y), total))(
+        *torch.ops.vllm_ir.fused_add_rms_norm(x, r, w, 1e-6)
+    ),
+}
+
+
+@pytest.mark.parametrize("name", IR)
+def test_norms_of_vllms_ir(name, tensors):
+    report, result = fuse(IR[name], *tensors)
+    assert names(report) == [name]
+    assert not report.missed
+    assert result.equal, result
+
+
+def test_the_sum_of_vllms_ir_is_read_unrounded(tensors):
+    def fn(x, r, w):
+        y, total = torch.ops.vllm_ir.fused_add_rms_norm(x, r, w, 1e-6)
+        return ops.per_token(y), total
+
+    x, r, w = tensors
+    report, result = fuse(fn, x + 0.37, r, w)
+    assert report.fused[0].prologue.residual_sum is torch.float32
+    # The order of summation is the kernel's: here sums of squares are not exact.
+    assert result.different <= 0.01 * result.elements, result
+
+
+@pytest.mark.parametrize(("kind", "mean"), [("cpu", Mean.DIVIDE), ("cuda", Mean.RECIPROCAL)])
+def test_the_mean_of_vllms_ir_is_that_of_pytorch_on_the_device(kind, mean):
+    tensors = torch.randn(4, 256, dtype=BF16), torch.randn(4, 256, dtype=BF16), torch.randn(256, dtype=BF16)
+    (site,) = fusion_pass.explain(IR["rms_norm_per_token"], *tensors, device=kind).fused
+    assert site.prologue.mean is mean
+
+
+def test_a_norm_of_vllms_ir_over_a_part_of_its_rows_is_left_alone(tensors):
+    report, result = fuse(lambda x, r, w: ops.per_token(torch.ops.vllm_ir.rms_norm(x, w, 1e-6, 128)), *tensors)
+    assert not report.fused
+    assert any("first 128 values" in miss.reason for miss in report.missed)
+    assert result.equal, result
 
 
 MIXED = {

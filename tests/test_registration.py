@@ -88,8 +88,13 @@ def test_enabled_restores_an_outer_registration():
 
 @pytest.mark.parametrize("devices", [(), ("tpu",), ("cuda", "gpu")])
 def test_unknown_devices_are_named(devices):
-    with pytest.raises(ValueError, match="devices is"):
-        fusion_pass.register(devices)
+    for takes_devices in (fusion_pass.register, fusion_pass.FusionPass):
+        with pytest.raises(ValueError, match="devices is"):
+            takes_devices(devices)
+
+
+def test_the_pass_takes_one_device_as_register_does():
+    assert fusion_pass.FusionPass().devices == fusion_pass.FusionPass("cuda").devices == ("cuda",)
 
 
 def test_the_cache_key_covers_options_and_sources(monkeypatch):

@@ -1,6 +1,7 @@
 """Tiny models of many architectures, quantized by torchao, compiled unmodified: every eligible cast is served, bit for bit."""
 
 import contextlib
+import functools
 import unittest.mock
 
 import pytest
@@ -44,9 +45,22 @@ EXPECTED = {
 }
 
 
+@functools.cache
+def multiplies_rows(device):
+    """Whether torch has an fp8 product with a scale per row there; on CPUs it is newer than on GPUs."""
+    codes, scale = torch.ones(16, 16, device=device).to(torch.float8_e4m3fn), torch.ones(16, 1, device=device)
+    try:
+        torch._scaled_mm(codes, codes.t(), scale, scale.t(), out_dtype=torch.bfloat16)
+    except RuntimeError:
+        return False
+    return True
+
+
 @pytest.mark.parametrize("quantization", QUANTIZATIONS)
 @pytest.mark.parametrize("name", EXPECTED)
 def test_every_eligible_cast_is_served(name, quantization, device):
+    if quantization == "fp8 per row" and not multiplies_rows(device):
+        pytest.skip("this torch multiplies no rows of fp8 on this device")
     model = architectures.build(name, **SIZES.get(quantization, {})).to(device)
     with (
         unittest.mock.patch.object(quant_api, "_check_hardware_support"),
