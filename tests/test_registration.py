@@ -201,21 +201,25 @@ def compiled_with(monkeypatch):
     return seen
 
 
+TUNED = {"max_autotune": True, "coordinate_descent_tuning": True}
+
+
 @pytest.mark.parametrize(
-    ("asked", "names"),
+    ("asked", "switched"),
     [
-        ({"mode": "reduce-overhead"}, ["triton.cudagraphs"]),
-        ({"mode": "max-autotune"}, ["max_autotune", "coordinate_descent_tuning", "triton.cudagraphs"]),
-        ({"mode": "max-autotune-no-cudagraphs"}, ["max_autotune", "coordinate_descent_tuning"]),
-        ({"options": {"max_autotune": True, "shape-padding": False}}, ["max_autotune"]),
+        ({"mode": "reduce-overhead"}, {"triton.cudagraphs": True}),
+        ({"mode": "max-autotune"}, {**TUNED, "triton.cudagraphs": True}),
+        ({"mode": "max-autotune-no-cudagraphs"}, TUNED),
+        ({"options": {"max_autotune": True, "shape-padding": False}}, {"max_autotune": True, "shape_padding": False}),
     ],
 )
-def test_the_backend_takes_the_modes_and_options_of_inductor(asked, names, compiled_with):
-    switches = {"triton.cudagraphs", "max_autotune", "coordinate_descent_tuning", "shape_padding"}
+def test_the_backend_takes_the_modes_and_options_of_inductor(asked, switched, compiled_with):
+    switches = ("triton.cudagraphs", "max_autotune", "coordinate_descent_tuning", "shape_padding")
+    usual = {name: config.get_config_copy()[name] for name in switches}
     with config.patch(force_disable_caches=True):
         torch.compile(lambda x: x + 1, backend="fusion_pass", **asked)(torch.ones(4))
     (seen,) = compiled_with
-    assert {name for name in switches if seen[name]} == {*names, *({"shape_padding"} if "mode" in asked else ())}
+    assert {name: seen[name] for name in switches} == {**usual, **switched}
 
 
 def test_a_pass_among_the_options_runs_before_ours(device):

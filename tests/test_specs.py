@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from fusion_pass.specs import (
@@ -62,6 +62,7 @@ quantizers = st.builds(
 )
 
 
+@settings(deadline=None, suppress_health_check=list(HealthCheck))
 @given(st.builds(FusedSpec, prologues, quantizers, st.sampled_from([s for s in ScaleLayout if s.value != "packed"])))
 def test_text_round_trip(spec):
     assert decode(spec.encode()) == spec
