@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 
 from .specs import E2M1, Granularity, Quantizer, SpecError, reciprocal_of
-from .terms import AMAX, GIVEN, Operand, Term
+from .terms import AMAX, GIVEN, Term
 
 # OCP Microscaling Formats 1.0, and NVFP4: values per scale.
 MX_BLOCK = 32
@@ -132,37 +132,33 @@ def _byte(element: Element, mode: ScaleMode, zero_byte: int, infinity_byte: int 
     """
     # NaN comes with either sign.
     bits = Term("bit_and", (Term("bits", (AMAX,)), 0x7FFFFFFF))
-    finite = Term("min", (bits, _INFINITY_BITS))
-    exponent = Term("shr", (finite, 23))
-    mantissa = Term("bit_and", (finite, _MANTISSA))
-    is_infinite = Term("eq", (finite, _INFINITY_BITS))
-    if mode is ScaleMode.CEIL:
-        exponent = Term("add", (exponent, _flag("ne", mantissa, 0)))
-    elif mode is ScaleMode.EVEN:
-        exponent = Term("shr", (Term("add", (finite, 1 << (22 - element.mantissa_bits))), 23))
-    elif mode is ScaleMode.RCEIL:
-        threshold = Term("add", (_flag("eq", exponent, element.exponent), element.largest_mantissa))
-        exponent = Term("add", (exponent, _flag("gt", mantissa, threshold)))
+    # What carries into the exponent where the mode rounds it up.
+    carry = {
+        ScaleMode.FLOOR: 0,
+        ScaleMode.CEIL: _MANTISSA,
+        ScaleMode.EVEN: 1 << (22 - element.mantissa_bits),
+        ScaleMode.RCEIL: _MANTISSA - element.largest_mantissa,
+    }[mode]
+    byte = Term("shr", (Term("add", (bits, carry - (element.exponent << 23))), 23))
+    if mode is ScaleMode.RCEIL:
+        least = (element.exponent << 23) + element.largest_mantissa + 1
+        byte = Term("where", (Term("le", (bits, least)), 0, byte))
         infinity_byte = 254 if infinity_byte is None else infinity_byte
-    if mode in (ScaleMode.CEIL, ScaleMode.EVEN):
-        is_infinite = Term("eq", (exponent, 255))
-    byte = Term("max", (Term("sub", (exponent, element.exponent)), 0))
+    else:
+        byte = Term("max", (byte, 0))
     if infinity_byte is not None:
-        byte = Term("where", (is_infinite, infinity_byte, byte))
+        infinite = _INFINITY_BITS if mode is ScaleMode.RCEIL else _INFINITY_BITS - carry
+        byte = Term("where", (Term("ge", (bits, infinite)), infinity_byte, byte))
     if zero_byte:
         byte = Term("where", (Term("eq", (bits, 0)), zero_byte, byte))
     return Term("where", (Term("gt", (bits, _INFINITY_BITS)), _NAN_BYTE, byte))
 
 
-def _flag(comparison: str, a: Operand, b: Operand) -> Term:
-    return Term("i32", (Term(comparison, (a, b)),))
-
-
 def _factor(byte: Term, multiplier: Multiplier) -> Term:
     if multiplier is Multiplier.DIVISION:
         return Term("max", (Term("from_bits", (Term("shl", (byte, 23)),)), 2.0**-126))
-    # 2^-127 is a subnormal.
-    bits = Term("where", (Term("eq", (byte, 254)), 0x00400000, Term("shl", (Term("sub", (254, byte)), 23))))
+    # For byte 254 it is 2^-127, a subnormal.
+    bits = Term("max", (Term("shl", (Term("sub", (254, byte)), 23)), 0x00400000))
     if multiplier is Multiplier.UNIT:
         bits = Term("where", (Term("eq", (byte, 0)), 0x3F800000, bits))
     return Term("from_bits", (Term("where", (Term("eq", (byte, _NAN_BYTE)), 0x7FC00000, bits)),))

@@ -219,13 +219,25 @@ def is_power_of_two(operand: Operand) -> bool:
         exponent = operand.args[0]
         return isinstance(exponent, Term) and _is_whole(exponent)
     if operand.op == "from_bits":
-        shifted = operand.args[0]
-        return isinstance(shifted, Term) and shifted.op == "shl" and shifted.args[1] == 23
+        return _are_bits_of_power_of_two(operand.args[0])
     if operand.op in ("max", "min"):
         return all(map(is_power_of_two, operand.args))
     if operand.op == "where":
         return all(map(is_power_of_two, operand.args[1:]))
     return operand.op in ("reciprocal", "f32", "bf16", "abs") and is_power_of_two(operand.args[0])
+
+
+def _are_bits_of_power_of_two(operand: Operand) -> bool:
+    """As :func:`is_power_of_two`, of the float32 that has an operand's bits."""
+    if not isinstance(operand, Term):
+        bits = int(operand)
+        exponent, mantissa = bits >> 23, bits & 0x7FFFFF
+        return exponent == 255 or (mantissa.bit_count() == 1 if exponent == 0 else mantissa == 0)
+    if operand.op == "shl":
+        return operand.args[1] == 23
+    if operand.op in ("max", "min"):
+        return all(map(_are_bits_of_power_of_two, operand.args))
+    return operand.op == "where" and all(map(_are_bits_of_power_of_two, operand.args[1:]))
 
 
 def _is_whole(term: Operand) -> bool:

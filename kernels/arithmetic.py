@@ -507,13 +507,6 @@ def e2m1_code(v, TIES: tl.constexpr, SIGN: tl.constexpr, NAN_CODE: tl.constexpr)
     return tl.where(unsigned > 0x7F800000, NAN_CODE, code)
 
 
-@triton.jit
-def pack_nibbles(code):
-    """(ROWS, GROUPS, LANES) codes of four bits as (ROWS, GROUPS, LANES // 2) bytes, the even element in the low nibble."""
-    low, high = tl.split(tl.reshape(code, (code.shape[0], code.shape[1], code.shape[2] // 2, 2)))
-    return (low | (high << 4)).to(tl.uint8)
-
-
 @triton.constexpr_function
 def named(constants, name):
     """The value of ``name`` in a text of JSON.
@@ -523,6 +516,79 @@ def named(constants, name):
     import json
 
     return json.loads(constants)[name]
+
+
+@triton.jit
+def pack_nibbles(low, high):
+    """Codes of four bits as bytes, ``low`` in the low nibble."""
+    return (low | (high << 4)).to(tl.uint8)
+
+
+if INTERPRETED:
+
+    @triton.jit
+    def e2m1_nearest_even(low, high):
+        return pack_nibbles(e2m1_code(low, "even", "kept", 7), e2m1_code(high, "even", "kept", 7))
+
+else:
+
+    @triton.jit
+    def e2m1_nearest_even(low, high):
+        """Bytes of the E2M1 values next to two f32 tiles, halves to even, signs kept; a NaN of arithmetic, positive, is 7.
+
+        A code is the integer next to the least of 2v, v + 2 and v / 2 + 4, at most 7: these lines meet where the step between
+        E2M1 values doubles. A float32 sum of 2^23 or more is rounded to an integer, and orders as its bits.
+        """
+        return tl.inline_asm_elementwise(
+            """
+            {
+                .reg .f32 v;
+                .reg .b32 a, b, c, l, h, s;
+                abs.f32 v, $1;
+                fma.rn.f32 a, v, 0f40000000, 0f4B000000;
+                add.rn.f32 b, v, 0f4B000002;
+                fma.rn.f32 c, v, 0f3F000000, 0f4B000004;
+                min.s32 a, a, b;
+                min.s32 a, a, c;
+                min.s32 l, a, 0x4B000007;
+                abs.f32 v, $2;
+                fma.rn.f32 a, v, 0f40000000, 0f4B000000;
+                add.rn.f32 b, v, 0f4B000002;
+                fma.rn.f32 c, v, 0f3F000000, 0f4B000004;
+                min.s32 a, a, b;
+                min.s32 a, a, c;
+                min.s32 h, a, 0x4B000007;
+                mad.lo.s32 l, h, 16, l;
+                mov.b32 s, $1;
+                shr.u32 s, s, 28;
+                and.b32 s, s, 8;
+                or.b32 l, l, s;
+                mov.b32 s, $2;
+                shr.u32 s, s, 24;
+                and.b32 s, s, 0x80;
+                or.b32 $0, l, s;
+            }
+            """,
+            "=r,f,f",
+            [low, high],
+            tl.int32,
+            is_pure=True,
+            pack=1,
+        ).to(tl.uint8)
+
+
+@triton.jit
+def e2m1_bytes(v, CODES: tl.constexpr):
+    """(ROWS, GROUPS, LANES) f32 values as (ROWS, GROUPS, LANES // 2) bytes, the even element in the low nibble."""
+    TIES: tl.constexpr = named(CODES, "ties")
+    SIGN: tl.constexpr = named(CODES, "sign")
+    NAN_CODE: tl.constexpr = named(CODES, "nan_code")
+    low, high = tl.split(tl.reshape(v, (v.shape[0], v.shape[1], v.shape[2] // 2, 2)))
+    if TIES == "even" and SIGN == "kept" and NAN_CODE == 7:
+        code = e2m1_nearest_even(low, high)
+    else:
+        code = pack_nibbles(e2m1_code(low, TIES, SIGN, NAN_CODE), e2m1_code(high, TIES, SIGN, NAN_CODE))
+    return code
 
 
 @triton.jit
@@ -549,7 +615,7 @@ def codes(y, factor, CODES: tl.constexpr, dtype: tl.constexpr):
     OVERFLOW: tl.constexpr = named(CODES, "overflow")
     TIES: tl.constexpr = named(CODES, "ties")
     if TIES is not None:
-        code = pack_nibbles(e2m1_code(q, TIES, named(CODES, "sign"), named(CODES, "nan_code")))
+        code = e2m1_bytes(q, CODES)
     elif dtype == tl.uint8:
         code = cast_fnuz(q, OVERFLOW)
     elif OVERFLOW is not None:

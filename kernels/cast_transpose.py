@@ -13,27 +13,18 @@ import triton.language as tl
 
 from fusion_pass.cast_transpose import BlockScales, CastTransposeSpec, Placement
 from fusion_pass.layouts import pack_blocked, pack_mfma_shuffled, pack_mx_shuffled
-from fusion_pass.specs import FusedSpec, NoPrologue, Quantizer
+from fusion_pass.specs import FusedSpec, NoPrologue, Quantizer, Rounding, Sign, Ties
 
 from .arithmetic import amax, cast, named, widened
-from .fused_quant import load, quantized, scale_address
-from .launch import as_codes, quantizer_constants, rows_of, storable
+from .fused_quant import load, quantized
+from .launch import as_codes, multiplies_by_power_of_two, quantizer_constants, rows_of, storable
+from .packed_cast_transpose import TILE_COLUMNS, TILE_ROWS, packed_cast_transpose_kernel
+from .placement import block_scale_address, code_address
 from .reference import reference
 
 # Measured on an H200 among tiles of 32 to 128 by 32 to 128.
 _TILE_ROWS = 32
 _TILE_COLUMNS = 128
-
-
-@triton.jit
-def byte_address(row, column, WIDTH, SHUFFLED: tl.constexpr):
-    """Where byte ``column`` of a row of WIDTH bytes lies, as fusion_pass.layouts.pack_mfma_shuffled has it if SHUFFLED."""
-    if SHUFFLED:
-        tile = row // 16 * 16 * WIDTH + column // 32 * 512
-        at = tile + column % 32 // 16 * 256 + row % 16 * 16 + column % 16
-    else:
-        at = row * WIDTH + column
-    return at
 
 
 @triton.jit
@@ -63,16 +54,11 @@ def quantize_tile(
     code, scale = quantized(blocks, peak, given, present, PROGRAM, CODES, code_ptr.dtype.element_ty)
     if named(CODES, "ties") is None:
         columns = groups * GROUP + tl.arange(0, GROUP)[None, None, :]
-        tl.store(code_ptr + byte_address(rows, columns, COLUMNS, SHUFFLED), code, present)
+        tl.store(code_ptr + code_address(rows, columns, COLUMNS, SHUFFLED), code, present)
     else:
         columns = groups * (GROUP // 2) + tl.arange(0, GROUP // 2)[None, None, :]
-        tl.store(code_ptr + byte_address(rows, columns, COLUMNS // 2, SHUFFLED), code, present)
-    if LAYOUT == "linear":
-        at = rows * (COLUMNS // GROUP) + groups
-    elif LAYOUT == "padded":
-        at = rows * ((COLUMNS // GROUP + 7) // 8 * 8) + groups
-    else:
-        at = scale_address(rows, groups, ROWS, COLUMNS // GROUP, LAYOUT)
+        tl.store(code_ptr + code_address(rows, columns, COLUMNS // 2, SHUFFLED), code, present)
+    at = block_scale_address(rows, groups, ROWS, COLUMNS // GROUP, LAYOUT)
     tl.store(scale_ptr + at, cast(scale, scale_ptr.dtype.element_ty), present)
 
 
@@ -160,21 +146,40 @@ def launch_into_buffers(
         named[f"{direction}_LAYOUT"] = None if placement is None else placement.scales.value
         named[f"{direction}_SHUFFLED"] = placement is not None and placement.shuffled
     assert spec.quantizer.group is not None
+    arguments = {"x_ptr": x, "M": count, "x_stride": stride, "N": row, **named, **quantizer_constants(spec.quantizer)}
+    if packs(spec, x.dtype):
+        grid = (count // TILE_ROWS, -(-row // TILE_COLUMNS), 1)
+        wrap(packed_cast_transpose_kernel)[grid](**arguments, OCTETS=TILE_COLUMNS // 8, num_warps=1)
+        return outputs
     tile_rows = max(_TILE_ROWS, spec.quantizer.group)
     wrap(cast_transpose_kernel)[(-(-count // tile_rows), -(-row // _TILE_COLUMNS), 1)](
-        x_ptr=x,
-        M=count,
-        x_stride=stride,
-        N=row,
+        **arguments,
         TILE_ROWS=tile_rows,
         TILE_COLUMNS=_TILE_COLUMNS,
         GROUP=spec.quantizer.group,
-        **named,
-        **quantizer_constants(spec.quantizer),
         # FP4 codes take several times the instructions.
         num_warps=2 if spec.quantizer.e2m1 is None else 4,
     )
     return outputs
+
+
+def packs(spec: CastTransposeSpec, dtype: torch.dtype) -> bool:
+    """Whether the kernel of pairs computes a spec: MX blocks of bf16 in both directions, with its codes and no others."""
+    quantizer = spec.quantizer
+    if spec.rowwise is None or spec.columnwise is None or dtype is not torch.bfloat16 or quantizer.group != TILE_ROWS:
+        return False
+    rounded = quantizer.rounding is not Rounding.CAST or quantizer.quotient is not torch.float32
+    if rounded or quantizer.adds_zero or quantizer.clamp_low is not None or not multiplies_by_power_of_two(quantizer):
+        return False
+    e2m1 = quantizer.e2m1
+    if e2m1 is None:
+        known = quantizer.code in (torch.float8_e4m3fn, torch.float8_e5m2)
+        return known and quantizer.clamp == torch.finfo(quantizer.code).max
+    if e2m1.ties is Ties.EVEN:
+        as_computed = e2m1.sign is Sign.KEPT and e2m1.nan_code == 7
+    else:
+        as_computed = e2m1.sign in (Sign.KEPT, Sign.NEGATIVE) and e2m1.nan_code in (0, 7)
+    return as_computed and quantizer.clamp == 6.0
 
 
 def _bytes(scale: torch.Tensor) -> torch.Tensor:

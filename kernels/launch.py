@@ -350,6 +350,11 @@ def _has_exact_reciprocal(quantizer: Quantizer) -> bool:
     return quantizer.divides and is_power_of_two(quantizer.factor) and bounds(quantizer.factor)[0] >= 2.0**-126
 
 
+def multiplies_by_power_of_two(quantizer: Quantizer) -> bool:
+    """Whether codes are those of products with powers of two."""
+    return is_power_of_two(quantizer.factor) and (not quantizer.divides or _has_exact_reciprocal(quantizer))
+
+
 def _overflow(quantizer: Quantizer) -> int | None:
     """The code of a value too large for the dtype, or None where no value is or the cast saturates."""
     if quantizer.code not in _LARGEST or (quantizer.clamp is not None and quantizer.clamp <= _LARGEST[quantizer.code]):
