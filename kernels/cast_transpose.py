@@ -18,7 +18,7 @@ from fusion_pass.specs import FusedSpec, NoPrologue, Quantizer, Rounding, Sign, 
 from .arithmetic import amax, cast, named, widened
 from .fused_quant import load, quantized
 from .launch import as_codes, multiplies_by_power_of_two, quantizer_constants, rows_of, storable
-from .packed_cast_transpose import TILE_COLUMNS, TILE_ROWS, packed_cast_transpose_kernel
+from .packed_cast_transpose import BLOCK, TILE_COLUMNS, TILE_ROWS, WARPS, packed_cast_transpose_kernel
 from .placement import block_scale_address, code_address
 from .reference import reference
 
@@ -148,8 +148,9 @@ def launch_into_buffers(
     assert spec.quantizer.group is not None
     arguments = {"x_ptr": x, "M": count, "x_stride": stride, "N": row, **named, **quantizer_constants(spec.quantizer)}
     if packs(spec, x.dtype):
-        grid = (count // TILE_ROWS, -(-row // TILE_COLUMNS), 1)
-        wrap(packed_cast_transpose_kernel)[grid](**arguments, OCTETS=TILE_COLUMNS // 8, num_warps=1)
+        grid = (-(-count // TILE_ROWS), -(-row // TILE_COLUMNS), 1)
+        full = isinstance(count, int) and count % TILE_ROWS == row % TILE_COLUMNS == 0
+        wrap(packed_cast_transpose_kernel)[grid](**arguments, FULL=full, num_warps=WARPS)
         return outputs
     tile_rows = max(_TILE_ROWS, spec.quantizer.group)
     wrap(cast_transpose_kernel)[(-(-count // tile_rows), -(-row // _TILE_COLUMNS), 1)](
@@ -166,7 +167,7 @@ def launch_into_buffers(
 def packs(spec: CastTransposeSpec, dtype: torch.dtype) -> bool:
     """Whether the kernel of pairs computes a spec: MX blocks of bf16 in both directions, with its codes and no others."""
     quantizer = spec.quantizer
-    if spec.rowwise is None or spec.columnwise is None or dtype is not torch.bfloat16 or quantizer.group != TILE_ROWS:
+    if spec.rowwise is None or spec.columnwise is None or dtype is not torch.bfloat16 or quantizer.group != BLOCK:
         return False
     rounded = quantizer.rounding is not Rounding.CAST or quantizer.quotient is not torch.float32
     if rounded or quantizer.adds_zero or quantizer.clamp_low is not None or not multiplies_by_power_of_two(quantizer):

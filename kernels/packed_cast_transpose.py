@@ -1,8 +1,8 @@
-"""The cast-transpose of bf16 whose factors are powers of two: values stay in pairs, and in the registers they were read into.
+"""The cast-transpose of bf16 whose factors are powers of two: values stay in pairs until they are codes.
 
-A program is one warp. Each of its threads reads 16 rows of 8 neighbouring columns: amaxes of columns need one exchange between
-threads, those of 32 values in a row two; a thread's codes of a column are neighbours in the transpose, so nothing is transposed
-through shared memory.
+A program is four warps, each with 32 rows of 64 columns. Triton gives a thread 8 neighbouring columns and every 16th row of the
+tile, so rows are numbered such that these are neighbours, too: amaxes in both directions then take two exchanges between threads,
+four codes of a column make a word, and only words of codes pass through shared memory on their way to the transpose.
 """
 
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-calls, allow-untyped-decorators
@@ -17,9 +17,10 @@ from .fused_quant import load
 from .placement import block_scale_address, code_address
 from .scale_program import evaluate
 
-# A tile has the rows of one MX block; twice the columns take more registers than leave enough warps to a processor.
-TILE_ROWS = 32
+TILE_ROWS = 128
 TILE_COLUMNS = 64
+WARPS = 4
+BLOCK = 32
 
 
 @triton.jit
@@ -39,9 +40,7 @@ if INTERPRETED:
     @triton.jit
     def paired(x):
         """A bf16 tile as int32, neighbours along the last axis in pairs."""
-        first, second = tl.split(
-            tl.reshape(x.to(tl.uint16, bitcast=True), (x.shape[0], x.shape[1], x.shape[2], x.shape[3] // 2, 2))
-        )
+        first, second = tl.split(tl.reshape(x.to(tl.uint16, bitcast=True), (x.shape[0], x.shape[1] // 2, 2)))
         return (first.to(tl.int32) | (second.to(tl.int32) << 16)).to(tl.int32)
 
     @triton.jit
@@ -71,7 +70,7 @@ else:
     @triton.jit
     def paired(x):
         """A bf16 tile as int32, neighbours along the last axis in pairs."""
-        first, second = tl.split(tl.reshape(x, (x.shape[0], x.shape[1], x.shape[2], x.shape[3] // 2, 2)))
+        first, second = tl.split(tl.reshape(x, (x.shape[0], x.shape[1] // 2, 2)))
         return tl.inline_asm_elementwise(
             "mov.b32 $0, {$1, $2};", "=r,h,h", [first, second], tl.int32, is_pure=True, pack=1
         )
@@ -208,6 +207,12 @@ else:
 
 
 @triton.jit
+def tile_row(index):
+    """The row of the tile that has an index: of each warp's rows, every thread's 8 are neighbours."""
+    return 32 * (index // 4 % 4) + 8 * (index % 4) + index // 16
+
+
+@triton.jit
 def quantize_rows(
     pairs,
     magnitudes,
@@ -223,46 +228,44 @@ def quantize_rows(
     PROGRAM: tl.constexpr,
     CODES: tl.constexpr,
 ):
-    """Quantize a (ROWS, PARTS, OCTETS, 4) tile of pairs, (row, part of the tile, octet of columns, pair), by 32 columns."""
-    ROWS: tl.constexpr = pairs.shape[0]
-    PARTS: tl.constexpr = pairs.shape[1]
-    BLOCKS: tl.constexpr = pairs.shape[2] // 4
-    octets = largest(magnitudes, 3)
+    """Quantize a (128, 32) tile of pairs in blocks of 32 columns."""
+    octets = largest(tl.reshape(magnitudes, (128, 8, 4)), 2)
     in_octet = tl.maximum(octets & -65536, octets << 16)
-    peak = tl.max(tl.reshape(in_octet, (ROWS, PARTS, BLOCKS, 4)), 3).to(tl.float32, bitcast=True)
+    peak = tl.max(tl.reshape(in_octet, (128, 2, 4)), 2).to(tl.float32, bitcast=True)
     factor, scale = evaluate(peak, tl.full(peak.shape, 0.0, tl.float32), PROGRAM)
-    rows = tl.arange(0, ROWS)[:, None, None] + ROWS * tl.arange(0, PARTS)[None, :, None]
-    groups = first_column // 32 + tl.arange(0, BLOCKS)[None, None, :]
+    rows = tile_row(tl.arange(0, 128))[:, None]
+    groups = first_column // 32 + tl.arange(0, 2)[None, :]
+    present = first_row + rows < M
     at = block_scale_address(first_row + rows, groups, M, N // 32, LAYOUT)
-    tl.store(scale_ptr + at, cast(scale, scale_ptr.dtype.element_ty), None if FULL else groups < N // 32)
-    first, second = tl.split(tl.reshape(pairs, (ROWS, PARTS, BLOCKS, 4, 2, 2)))
-    f = factor[:, :, :, None, None]
-    rows = rows[:, :, :, None, None]
-    octet = 4 * tl.arange(0, BLOCKS)[None, None, :, None, None] + tl.arange(0, 4)[None, None, None, :, None]
-    quads = 2 * octet + tl.arange(0, 2)[None, None, None, None, :]
-    mask = None if FULL else first_column + 4 * quads < N
+    inside = None if FULL else present & (groups < N // 32)
+    tl.store(scale_ptr + at, cast(scale, scale_ptr.dtype.element_ty), inside)
+    first, second = tl.split(tl.reshape(pairs, (128, 2, 8, 2)))
+    f = factor[:, :, None]
     # Two pairs make 4 bytes, or of FP4 codes 2. A tile's first address is that of the matrix plus those of the tile.
+    quads = tl.arange(0, 16)[None, :]
+    # Told so, Triton finds no more than the two units of a thread to be neighbours: else they would change threads.
+    quads = quads // 2 * 2 + quads % 2
+    inside = None if FULL else present & (first_column + 4 * quads < N)
     if named(CODES, "ties") is None:
         code = fp8_pair(low(first) * f, high(first) * f, code_ptr.dtype.element_ty) | (
             fp8_pair(low(second) * f, high(second) * f, code_ptr.dtype.element_ty) << 16
         )
+        UNIT: tl.constexpr = 4
         corner = code_ptr.to(tl.pointer_type(tl.int32), bitcast=True)
-        corner += code_address(first_row, first_column // 4, N // 4, SHUFFLED, 4)
-        tl.store(corner + code_address(rows, quads, N // 4, SHUFFLED, 4), code, mask)
     else:
         spread = e2m1_pair(first, f, f, CODES) | (e2m1_pair(second, f, f, CODES) << 8)
-        code = spread | (spread >> 12)
+        code = (spread | (spread >> 12)).to(tl.int16)
+        UNIT: tl.constexpr = 2
         corner = code_ptr.to(tl.pointer_type(tl.int16), bitcast=True)
-        corner += code_address(first_row, first_column // 4, N // 4, SHUFFLED, 2)
-        tl.store(corner + code_address(rows, quads, N // 4, SHUFFLED, 2), code.to(tl.int16), mask)
+    corner += code_address(first_row, first_column // 4, N // 4, SHUFFLED, UNIT)
+    tl.store(corner + code_address(rows, quads, N // 4, SHUFFLED, UNIT), tl.reshape(code, (128, 16)), inside)
 
 
 @triton.jit
 def four_rows(pairs):
-    """A (ROWS, PARTS, OCTETS, 4) tile as the pairs of four neighbouring rows, each (part, octet, pair, rows // 4)."""
-    by_row = tl.permute(pairs, (1, 2, 3, 0))
-    by_row = tl.reshape(by_row, (by_row.shape[0], by_row.shape[1], 4, by_row.shape[3] // 4, 2, 2))
-    even, odd = tl.split(by_row)
+    """A (128, 32) tile as the pairs of four neighbouring rows, each (block, thread, pair, half of the thread's rows)."""
+    by_row = tl.permute(tl.reshape(pairs, (8, 4, 4, 32)), (1, 2, 3, 0))
+    even, odd = tl.split(tl.reshape(by_row, (4, 4, 32, 2, 2, 2)))
     first, third = tl.split(even)
     second, fourth = tl.split(odd)
     return first, second, third, fourth
@@ -284,20 +287,18 @@ def quantize_columns(
     PROGRAM: tl.constexpr,
     CODES: tl.constexpr,
 ):
-    """Quantize a (ROWS, PARTS, OCTETS, 4) tile of pairs, (row, part of the tile, octet of columns, pair), by its 32 rows."""
-    ROWS: tl.constexpr = pairs.shape[0]
-    PARTS: tl.constexpr = pairs.shape[1]
-    OCTETS: tl.constexpr = pairs.shape[2]
-    peaks = largest(largest(magnitudes, 0), 0)
+    """Quantize a (128, 32) tile of pairs in blocks of 32 rows."""
+    peaks = largest(largest(tl.reshape(magnitudes, (8, 4, 4, 32)), 0), 1)
     peak = tl.join(low(peaks), high(peaks))
     factor, scale = evaluate(peak, tl.full(peak.shape, 0.0, tl.float32), PROGRAM)
-    columns = first_column + 8 * tl.arange(0, OCTETS)[:, None, None]
-    columns += 2 * tl.arange(0, 4)[None, :, None] + tl.arange(0, 2)[None, None, :]
-    at = block_scale_address(columns, first_row // 32, N, M // 32, LAYOUT)
-    tl.store(scale_ptr + at, cast(scale, scale_ptr.dtype.element_ty), None if FULL else columns < N)
+    blocks = first_row // 32 + tl.arange(0, 4)[:, None, None]
+    columns = first_column + 2 * tl.arange(0, 32)[None, :, None] + tl.arange(0, 2)[None, None, :]
+    at = block_scale_address(columns, blocks, N, M // 32, LAYOUT)
+    inside = None if FULL else (columns < N) & (blocks < M // 32)
+    tl.store(scale_ptr + at, cast(scale, scale_ptr.dtype.element_ty), inside)
     f, g = tl.split(factor)
-    f = f[None, :, :, None]
-    g = g[None, :, :, None]
+    f = f[:, None, :, None]
+    g = g[:, None, :, None]
     a, b, c, d = four_rows(pairs)
     if named(CODES, "ties") is None:
         even = fp8_pair(low(a) * f, low(b) * f, code_ptr.dtype.element_ty) | (
@@ -307,21 +308,18 @@ def quantize_columns(
             fp8_pair(high(c) * g, high(d) * g, code_ptr.dtype.element_ty) << 16
         )
         UNIT: tl.constexpr = 4
-        unit = code_ptr.to(tl.pointer_type(tl.int32), bitcast=True)
+        corner = code_ptr.to(tl.pointer_type(tl.int32), bitcast=True)
     else:
         both = e2m1_pair(a, f, g, CODES) | (e2m1_pair(b, f, g, CODES) << 4)
         both |= (e2m1_pair(c, f, g, CODES) << 8) | (e2m1_pair(d, f, g, CODES) << 12)
-        even, odd = both, both >> 16
-        even, odd = even.to(tl.int16), odd.to(tl.int16)
+        even, odd = both.to(tl.int16), (both >> 16).to(tl.int16)
         UNIT: tl.constexpr = 2
-        unit = code_ptr.to(tl.pointer_type(tl.int16), bitcast=True)
-    # (pair, column of the pair, part, octet, rows // 4): threads lie in memory as they lie in the tile.
-    code = tl.permute(tl.join(even, odd), (2, 4, 0, 1, 3))
-    column = first_column + 8 * tl.arange(0, OCTETS)[None, None, None, :, None]
-    column += 2 * tl.arange(0, 4)[:, None, None, None, None] + tl.arange(0, 2)[None, :, None, None, None]
-    quads = first_row // 4 + ROWS // 4 * tl.arange(0, PARTS)[None, None, :, None, None]
-    quads += tl.arange(0, ROWS // 4)[None, None, None, None, :]
-    tl.store(unit + code_address(column, quads, M // 4, SHUFFLED, UNIT), code, None if FULL else column < N)
+        corner = code_ptr.to(tl.pointer_type(tl.int16), bitcast=True)
+    code = tl.reshape(tl.permute(tl.join(even, odd), (2, 4, 0, 1, 3)), (64, 32))
+    column = first_column + tl.arange(0, 64)[:, None]
+    quads = first_row // 4 + tl.arange(0, 32)[None, :]
+    inside = None if FULL else (column < N) & (4 * quads < M)
+    tl.store(corner + code_address(column, quads, M // 4, SHUFFLED, UNIT), code, inside)
 
 
 @triton.jit
@@ -334,22 +332,20 @@ def packed_cast_transpose_kernel(
     M,
     x_stride,
     N: tl.constexpr,
+    FULL: tl.constexpr,
     ROW_LAYOUT: tl.constexpr,
     ROW_SHUFFLED: tl.constexpr,
     COLUMN_LAYOUT: tl.constexpr,
     COLUMN_SHUFFLED: tl.constexpr,
     PROGRAM: tl.constexpr,
     CODES: tl.constexpr,
-    OCTETS: tl.constexpr,
 ):
-    """One program: 32 rows and OCTETS, 8 or 16, times 8 columns of bf16 x (M, N), both multiples of 32."""
-    first_row = tl.program_id(0).to(tl.int64) * 32
-    first_column = tl.program_id(1).to(tl.int64) * (8 * OCTETS)
-    rows = tl.arange(0, OCTETS)[:, None, None, None] + OCTETS * tl.arange(0, 32 // OCTETS)[None, :, None, None]
-    columns = first_column + 8 * tl.arange(0, OCTETS)[None, None, :, None] + tl.arange(0, 8)[None, None, None, :]
-    FULL: tl.constexpr = N % (8 * OCTETS) == 0
-    mask = None if FULL else columns < N
-    pairs = paired(load(x_ptr + (first_row + rows) * x_stride + columns, mask))
+    """One program: a 128 x 64 tile of bf16 x (M, N), both multiples of 32. FULL promises that tiles cover it exactly."""
+    first_row = tl.program_id(0).to(tl.int64) * 128
+    first_column = tl.program_id(1).to(tl.int64) * 64
+    rows = first_row + tile_row(tl.arange(0, 128))[:, None]
+    columns = first_column + tl.arange(0, 64)[None, :]
+    pairs = paired(load(x_ptr + rows * x_stride + columns, None if FULL else (rows < M) & (columns < N)))
     magnitudes = pairs & 0x7FFF7FFF
     quantize_rows(
         pairs,
