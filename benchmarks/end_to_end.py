@@ -258,8 +258,8 @@ def start_compiler(device: str) -> None:
     """Compile something small with both backends, so that no workload pays for the compiler's own start."""
     x = torch.ones(4, 128, device=device)
     small = Workload(lambda x: (x.abs().amax(-1, keepdim=True), x @ x.t()), lambda forward: forward(x), 1)
-    # Caches that have it already would not start Inductor's processes.
-    with fresh_cache():
+    # Found in a cache, it would not start Inductor's processes.
+    with torch._inductor.config.patch(force_disable_caches=True):
         for step in compile_both(small, DEFAULT, device).values():
             step()
 
@@ -413,7 +413,8 @@ class Run:
                 with contextlib.suppress(Exception):
                     self.bytes[name] = site_bytes(self.makers[name](self.device, self.arguments.layers), self.device)
         _free(self.device)
-        seconds = _START_SECONDS * first + SECONDS_PER_TASK * (1 + len(tasks) / max(1, self.arguments.jobs))
+        seconds = SECONDS_PER_TASK * (1 + len(tasks) / max(1, self.arguments.jobs))
+        seconds += _START_SECONDS if first else 0
         self.warmer.wait(under_way, min(seconds, max(0.0, self.end - time.monotonic())))
 
     def _keep(self, key: Key, measured: Measurement) -> None:
