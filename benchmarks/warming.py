@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import multiprocessing
 import os
+import sys
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
@@ -62,6 +63,9 @@ def _alone() -> None:
     # Each process compiles by itself: pools within the pool would only crowd the cores.
     os.environ["TORCHINDUCTOR_COMPILE_THREADS"] = "1"
     torch._inductor.config.compile_threads = 1
+    # Keys of the compilers' caches name the first module in which pickle finds a layout of torch, which is the script under
+    # its second name if it imports torch; the process that measures would look for other keys.
+    sys.modules.pop("__mp_main__", None)
 
 
 def _quietly(compile_one: Callable[..., None], task: tuple[Any, ...]) -> None:
