@@ -5,14 +5,15 @@ from __future__ import annotations
 import contextlib
 import multiprocessing
 import os
+import sys
 from collections.abc import Callable, Sequence
-from concurrent.futures import ProcessPoolExecutor, wait
+from concurrent.futures import Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from typing import Any
 
 import torch
 
-_SECONDS_PER_TASK = 60
+SECONDS_PER_TASK = 60.0
 
 
 class Warmer:
@@ -21,18 +22,33 @@ class Warmer:
     def __init__(self, processes: int) -> None:
         self.pool: ProcessPoolExecutor | None = None
         self.processes = processes
-        if processes:
+        self._start()
+
+    def _start(self) -> None:
+        if self.processes:
             spawned = multiprocessing.get_context("spawn")
-            self.pool = ProcessPoolExecutor(processes, mp_context=spawned, initializer=_alone)
+            self.pool = ProcessPoolExecutor(self.processes, mp_context=spawned, initializer=_alone)
 
     def warm(self, compile_one: Callable[..., None], tasks: Sequence[tuple[Any, ...]]) -> None:
         """Call ``compile_one`` with each task's arguments, and wait; what fails here will fail, and be told, when measured."""
-        if self.pool is None:
-            return
-        # A process may be killed, for memory say; then the one that measures compiles alone.
-        with contextlib.suppress(BrokenProcessPool):
-            futures = [self.pool.submit(_quietly, compile_one, task) for task in tasks]
-            wait(futures, timeout=_SECONDS_PER_TASK * (1 + len(tasks) / self.processes))
+        self.wait(self.submit(compile_one, tasks), SECONDS_PER_TASK * (1 + len(tasks) / max(1, self.processes)))
+
+    def submit(self, compile_one: Callable[..., None], tasks: Sequence[tuple[Any, ...]]) -> list[Future[None]]:
+        """As :meth:`warm`, without waiting."""
+        futures: list[Future[None]] = []
+        if self.pool is not None:
+            # A process may be killed, for memory say; then the one that measures compiles alone.
+            with contextlib.suppress(BrokenProcessPool):
+                futures += [self.pool.submit(_quietly, compile_one, task) for task in tasks]
+        return futures
+
+    def wait(self, futures: Sequence[Future[None]], seconds: float) -> None:
+        """Until all is done; what is not done in time is stopped, so that it disturbs no measurement."""
+        if wait(futures, timeout=seconds).not_done:
+            for process in multiprocessing.active_children():
+                process.terminate()
+            self.close()
+            self._start()
 
     def close(self) -> None:
         if self.pool is not None:
@@ -47,6 +63,9 @@ def _alone() -> None:
     # Each process compiles by itself: pools within the pool would only crowd the cores.
     os.environ["TORCHINDUCTOR_COMPILE_THREADS"] = "1"
     torch._inductor.config.compile_threads = 1
+    # Keys of the compilers' caches name the first module in which pickle finds a layout of torch, which is the script under
+    # its second name if it imports torch; the process that measures would look for other keys.
+    sys.modules.pop("__mp_main__", None)
 
 
 def _quietly(compile_one: Callable[..., None], task: tuple[Any, ...]) -> None:

@@ -44,7 +44,9 @@ def _example(name: str) -> Any:
 
 @functools.cache
 def _llama_model(device: str, layers: int) -> torch.nn.Module:
-    return _example("llama_fp8").build(device, layers)
+    # Random weights of billions of bytes are drawn where they stay.
+    with torch.device(device):
+        return _example("llama_fp8").build(device, layers)
 
 
 def llama(device: str, layers: int, batch: int, length: int) -> Workload:
@@ -159,7 +161,8 @@ def moe_training(device: str, layers: int) -> Workload:
         ModuleNotFoundError: there is no examples/moe_training.py.
     """
     example = _example("moe_training")
-    moe, x, target = example.build(device, **(example.LARGE if device == "cuda" else example.SMALL))
+    with torch.device(device):
+        moe, x, target = example.build(device, **(example.LARGE if device == "cuda" else example.SMALL))
     return Workload(moe, lambda forward: example.loss_and_gradients(moe, forward, x, target), 1, trains=True)
 
 

@@ -1,7 +1,10 @@
 """The benchmarks' logic on a CPU: tiny shapes, the interpreter, the wall clock."""
 
+import contextlib
 import math
+import time
 import xml.etree.ElementTree as ElementTree
+from pathlib import Path
 
 import pytest
 import torch
@@ -9,9 +12,11 @@ import torch
 import bare
 import contestants
 import end_to_end
+import profiling
 import results
 import sites
 import tune
+import warming
 import workloads
 from cases import CASES
 from results import Cell, Result
@@ -177,25 +182,91 @@ def test_a_class_takes_the_configuration_that_is_fastest_over_it():
     assert "many" in many and many.endswith("rows=1 warps=4 1.000")
 
 
+class WarmerInThisProcess(warming.Warmer):
+    """Runs at once what processes would."""
+
+    tasks = ()
+
+    def submit(self, compile_one, tasks):
+        type(self).tasks += tuple(tasks)
+        for task in tasks:
+            with contextlib.suppress(RuntimeError):
+                compile_one(*task)
+        return []
+
+
 def test_whole_models_are_timed_and_what_fails_is_told(tmp_path, monkeypatch, capsys):
     def broken(device, layers):
         raise RuntimeError("no such model")
 
     known = end_to_end.workloads
     monkeypatch.setattr(end_to_end, "workloads", lambda device: {**known(device), "broken": broken})
+    monkeypatch.setattr(end_to_end, "Warmer", WarmerInThisProcess)
+    monkeypatch.setattr(end_to_end, "_COMPILE_TURNS", 1)
     record, document = tmp_path / "e.jsonl", tmp_path / "e.md"
     document.write_text("<!-- end to end -->\n<!-- /end to end -->\n")
     options = ["--rehearse", "--layers", "1", "--runs", "1", "--mode", "default", "--only", "block-scaled 2", "broken"]
-    options += ["--json", str(record), "--markdown", str(document), "--resume"]
+    options += ["--json", str(record), "--markdown", str(document), "--resume", "--jobs", "2", "--compile-time"]
     assert end_to_end.main(options) == 0
-    assert "2 of 2: complete" in capsys.readouterr().out
+    shown = capsys.readouterr().out
+    assert "2 of 2: complete" in shown and shown.count("block-scaled 2  default") == 1 + 1 + 1
+    pairs = [("block-scaled 2", "default", 1), ("broken", "default", 1)]
+    assert WarmerInThisProcess.tasks == tuple((*pair, name, "cpu") for pair in pairs for name in ("without", "with"))
     layer, failed = end_to_end.read(record).values()
     assert layer.error == "" and layer.differ == {"without": 0, "with": 0} and layer.elements == 2 * 256
+    both = {"without", "with"}
+    for measured in (layer.step_ms, layer.host_us, layer.gpu_ms, layer.site_ms, layer.longest, layer.compile_s):
+        assert set(measured) == both
+    assert layer.floor_ms > 0 and set(layer.bound) == {"free", "floor"}
     assert failed.error == "RuntimeError: no such model"
     assert "| block-scaled 2 | default |" in document.read_text() and "no such model" in document.read_text()
     before = record.read_text()
-    assert end_to_end.main(options) == 0
+    assert end_to_end.main(options[:-1]) == 0
     assert record.read_text() == before
+
+
+def test_the_important_is_measured_first():
+    keys = [(name, mode, 4) for name in workloads.workloads("cuda") for mode in end_to_end.MODES]
+    first = [
+        ("llama prefill 8192", "default", 4),
+        *((f"llama decode {rows}", "reduce-overhead", 4) for rows in (1, 32, 256)),
+        ("llama prefill 8192", "reduce-overhead", 4),
+        ("block-scaled 8192", "default", 4),
+        ("moe training", "default", 4),
+    ]
+    found = end_to_end.ordered(keys)
+    assert found[:7] == first and sorted(found) == sorted(keys)
+
+
+def test_sites_are_the_compiled_kernels_that_one_of_both_lacks():
+    without = {
+        "gemm": profiling.Launches(8, 8.0),
+        "triton_poi_fused_rope_0": profiling.Launches(2, 0.5),
+        "triton_red_fused_norm_1": profiling.Launches(4, 2.0),
+        "triton_red_fused_norm_2": profiling.Launches(4, 2.0),
+    }
+    fused = {
+        "another gemm": profiling.Launches(8, 8.0),
+        "fused_quant_kernel": profiling.Launches(6, 1.0),
+        "triton_poi_fused_rope_3": profiling.Launches(3, 0.75),
+        "triton_red_fused_norm_0": profiling.Launches(2, 0.9),
+    }
+    assert profiling.only_in(without, fused) == pytest.approx(6 * 0.5)
+    assert profiling.only_in(fused, without) == pytest.approx(1.0 + 0.25)
+    assert profiling.whole(without) == (18, 12.5)
+    assert profiling.longest(without, 1) == [("gemm", 8, 8.0)]
+    assert end_to_end.bound(13.0, 3.0, 0.5) == pytest.approx({"free": 1.3, "floor": 13 / 10.5})
+    assert end_to_end.bound(13.0, 3.0, None) == pytest.approx({"free": 1.3})
+
+
+def test_other_processes_compile_and_are_stopped_when_they_take_too_long(tmp_path):
+    warmer = warming.Warmer(1)
+    try:
+        warmer.wait(warmer.submit(time.sleep, [(600.0,)]), seconds=0.5)
+        warmer.warm(Path.touch, [(tmp_path / "compiled",)])
+        assert (tmp_path / "compiled").exists()
+    finally:
+        warmer.close()
 
 
 def test_a_block_scaled_linear_is_near_the_product_it_stands_for(device):
