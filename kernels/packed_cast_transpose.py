@@ -121,17 +121,14 @@ else:
         NAN_CODE: tl.constexpr = named(CODES, "nan_code")
         if TIES == "even":
             tl.static_assert(SIGN == "kept" and NAN_CODE == 7)
-            first_bits = first.to(tl.int32, bitcast=True)
-            second_bits = second.to(tl.int32, bitcast=True)
-            factors = ((first_bits >> 16) & 0xFFFF) | (second_bits & -65536)
-            # NaN, which has no sign, comes with a factor that is NaN: 0x7fc0, bits that no power of two has together.
+            factors = ((first.to(tl.int32, bitcast=True) >> 16) & 0xFFFF) | (second.to(tl.int32, bitcast=True) & -65536)
             code = tl.inline_asm_elementwise(
                 """
                 {
-                    .reg .b32 z, m, a, b, c, s, t, k, l;
+                    .reg .b32 z, v, m, a, b, c, s, k, l;
                     mov.b32 z, 0x80008000;
-                    and.b32 m, $1, 0x7fff7fff;
-                    fma.rn.bf16x2 m, m, $2, z;
+                    fma.rn.bf16x2 v, $1, $2, z;
+                    and.b32 m, v, 0x7fff7fff;
                     mov.b32 k, 0x40004000;
                     mov.b32 l, 0x43004300;
                     fma.rn.bf16x2 a, m, k, l;
@@ -146,13 +143,8 @@ else:
                     min.bf16x2 c, c, k;
                     min.bf16x2 a, a, c;
                     and.b32 a, a, 0x00070007;
-                    shl.b32 t, $2, 1;
-                    shl.b32 s, $2, 9;
-                    and.b32 t, t, s;
-                    not.b32 t, t;
-                    and.b32 t, t, 0x80008000;
-                    and.b32 s, $1, t;
-                    shr.b32 s, s, 12;
+                    shr.b32 s, v, 12;
+                    and.b32 s, s, 0x00080008;
                     or.b32 $0, a, s;
                 }
                 """,
