@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator
 import torch
 import triton
 import triton.language as tl
-from fusion_pass.kernels.arithmetic import cast
+from fusion_pass.kernels.arithmetic import INTERPRETED, cast
 
 from cases import Case
 
@@ -71,6 +71,48 @@ def bare_kernel(
         store_share(scale_ptr, program, scales, scales_each, SCALES)
 
 
+if INTERPRETED:
+
+    @triton.jit
+    def joined(a, b, c, d):
+        """Tiles of bytes as the bytes of words, the first the lowest."""
+        return a.to(tl.int32) | (b.to(tl.int32) << 8) | (c.to(tl.int32) << 16) | (d.to(tl.int32) << 24)
+
+else:
+
+    @triton.jit
+    def joined(a, b, c, d):
+        """Tiles of bytes as the bytes of words, the first the lowest: four words by eight instructions."""
+        return tl.inline_asm_elementwise(
+            """
+            {
+                .reg .b32 p, q, r, s;
+                prmt.b32 p, $4, $5, 0x5140;
+                prmt.b32 q, $6, $7, 0x5140;
+                prmt.b32 r, $4, $5, 0x7362;
+                prmt.b32 s, $6, $7, 0x7362;
+                prmt.b32 $0, p, q, 0x5410;
+                prmt.b32 $1, p, q, 0x7632;
+                prmt.b32 $2, r, s, 0x5410;
+                prmt.b32 $3, r, s, 0x7632;
+            }
+            """,
+            "=r,=r,=r,=r,r,r,r,r",
+            [a, b, c, d],
+            tl.int32,
+            is_pure=True,
+            pack=4,
+        )
+
+
+@triton.jit
+def copied_codes(x_ptr, code_ptr, at, mask):
+    """The codes of the values at ``at``, as bytes, which are also written there."""
+    code = cast(cast(tl.load(x_ptr + at, mask), tl.float32), code_ptr.dtype.element_ty)
+    tl.store(code_ptr + at, code, mask)
+    return code.to(tl.uint8, bitcast=True)
+
+
 @triton.jit
 def bare_both_kernel(
     x_ptr,
@@ -78,7 +120,7 @@ def bare_both_kernel(
     scale_ptr,
     other_code_ptr,
     other_scale_ptr,
-    M,
+    QUADS,
     scales,
     scales_each,
     N: tl.constexpr,
@@ -89,16 +131,22 @@ def bare_both_kernel(
 ):
     """One program: a ROWS x COLUMNS tile of x (M, N), its codes (M, N) and (N, M), its share of the scales of each.
 
+    Rows are read four apart, QUADS = M / 4 of each kind, so that a thread has the bytes of a word of the transpose.
     WHOLE: tiles fill x, so that nothing is masked.
     """
-    first_row = tl.program_id(0).to(tl.int64) * ROWS
-    first_column = tl.program_id(1).to(tl.int64) * COLUMNS
-    rows = (first_row + tl.arange(0, ROWS))[:, None]
-    columns = (first_column + tl.arange(0, COLUMNS))[None, :]
-    mask = None if WHOLE else (rows < M) & (columns < N)
-    code = cast(cast(tl.load(x_ptr + rows * N + columns, mask), tl.float32), code_ptr.dtype.element_ty)
-    tl.store(code_ptr + rows * N + columns, code, mask)
-    tl.store(other_code_ptr + columns * M + rows, code, mask)
+    # For stores of 16 bytes: M is a multiple of 32.
+    QUADS = tl.multiple_of(QUADS, 8)
+    quads = (tl.program_id(0).to(tl.int64) * (ROWS // 4) + tl.arange(0, ROWS // 4))[:, None]
+    columns = (tl.program_id(1).to(tl.int64) * COLUMNS + tl.arange(0, COLUMNS))[None, :]
+    mask = None if WHOLE else (quads < QUADS) & (columns < N)
+    at = 4 * quads * N + columns
+    word = joined(
+        copied_codes(x_ptr, code_ptr, at, mask),
+        copied_codes(x_ptr, code_ptr, at + N, mask),
+        copied_codes(x_ptr, code_ptr, at + 2 * N, mask),
+        copied_codes(x_ptr, code_ptr, at + 3 * N, mask),
+    )
+    tl.store(other_code_ptr.to(tl.pointer_type(tl.int32), bitcast=True) + columns * QUADS + quads, word, mask)
     program = tl.program_id(1).to(tl.int64) * tl.num_programs(0) + tl.program_id(0)
     store_share(scale_ptr, program, scales, scales_each, SCALES)
     store_share(other_scale_ptr, program, scales, scales_each, SCALES)
@@ -111,7 +159,7 @@ def bare_both_packed_kernel(
     scale_ptr,
     other_code_ptr,
     other_scale_ptr,
-    HALF_M,
+    QUADS,
     scales,
     scales_each,
     N: tl.constexpr,
@@ -120,25 +168,30 @@ def bare_both_packed_kernel(
     WHOLE: tl.constexpr,
     SCALES: tl.constexpr,
 ):
-    """As bare_both_kernel, of codes (M, N / 2) and (N, M / 2); x_ptr points to words of two values each.
+    """As bare_both_kernel, of codes (M, N / 2) and (N, M / 2), 16 bits of the transpose to a thread.
 
-    A byte has bits of two values, in a row of the words' upper and lower halves, in a column of two rows' words. Rows are read as even and odd ones, so that a byte's two values are in one thread in both directions.
+    x_ptr points to words of two values each. A byte has bits of both its values: of the two halves of a word, or of those
+    halves of two rows' words that are the values of one column.
     """
-    HALF_N: tl.constexpr = N // 2
-    first_pair = tl.program_id(0).to(tl.int64) * (ROWS // 2)
-    first_word = tl.program_id(1).to(tl.int64) * (COLUMNS // 2)
-    pairs = (first_pair + tl.arange(0, ROWS // 2))[:, None]
-    words = (first_word + tl.arange(0, COLUMNS // 2))[None, :]
-    mask = None if WHOLE else (pairs < HALF_M) & (words < HALF_N)
-    at = 2 * pairs * HALF_N + words
-    even = tl.load(x_ptr + at, mask)
-    odd = tl.load(x_ptr + at + HALF_N, mask)
-    tl.store(code_ptr + at, cast(even >> 12, tl.uint8), mask)
-    tl.store(code_ptr + at + HALF_N, cast(odd >> 12, tl.uint8), mask)
-    mixed = even ^ odd
-    other = 2 * words * HALF_M + pairs
-    tl.store(other_code_ptr + other, cast(mixed, tl.uint8), mask)
-    tl.store(other_code_ptr + other + HALF_M, cast(mixed >> 24, tl.uint8), mask)
+    WORDS: tl.constexpr = N // 2
+    QUADS = tl.multiple_of(QUADS, 8)
+    quads = (tl.program_id(0).to(tl.int64) * (ROWS // 4) + tl.arange(0, ROWS // 4))[:, None]
+    words = (tl.program_id(1).to(tl.int64) * (COLUMNS // 2) + tl.arange(0, COLUMNS // 2))[None, :]
+    mask = None if WHOLE else (quads < QUADS) & (words < WORDS)
+    at = 4 * quads * WORDS + words
+    first = tl.load(x_ptr + at, mask)
+    second = tl.load(x_ptr + at + WORDS, mask)
+    third = tl.load(x_ptr + at + 2 * WORDS, mask)
+    fourth = tl.load(x_ptr + at + 3 * WORDS, mask)
+    tl.store(code_ptr + at, cast(first >> 12, tl.uint8), mask)
+    tl.store(code_ptr + at + WORDS, cast(second >> 12, tl.uint8), mask)
+    tl.store(code_ptr + at + 2 * WORDS, cast(third >> 12, tl.uint8), mask)
+    tl.store(code_ptr + at + 3 * WORDS, cast(fourth >> 12, tl.uint8), mask)
+    # The low byte of each half is of the first two rows, the high one of the others.
+    mixed = ((first ^ second) & 0x00FF00FF) | ((third ^ fourth) & ~0x00FF00FF)
+    pair_ptr = other_code_ptr.to(tl.pointer_type(tl.int16), bitcast=True) + 2 * words * QUADS + quads
+    tl.store(pair_ptr, mixed.to(tl.int16), mask)
+    tl.store(pair_ptr + QUADS, (mixed >> 16).to(tl.int16), mask)
     program = tl.program_id(1).to(tl.int64) * tl.num_programs(0) + tl.program_id(0)
     store_share(scale_ptr, program, scales, scales_each, SCALES)
     store_share(other_scale_ptr, program, scales, scales_each, SCALES)
@@ -194,7 +247,7 @@ def bare_both(case: Case, tile: tuple[int, int], warps: int) -> Callable[..., tu
         (bare_both_packed_kernel if packed else bare_both_kernel)[grid](
             x.view(torch.int32) if packed else x,
             *outputs,
-            rows // quantization.per_code,
+            rows // 4,
             count,
             each,
             N=row,

@@ -101,7 +101,7 @@ def test_bare_traffic_in_both_directions(device):
 
 
 def test_bare_bytes_of_pairs_in_both_directions(device):
-    """Each byte has bits of both values whose codes are there: changing either changes it, and no other."""
+    """Each byte has bits of both values whose codes are there: what changes one changes it, and no other."""
     case = next(case for case in CASES if case.name == "none -> mxfp4-both")
     for tile in ((32, 64), (64, 128)):
         run = bare.bare_both(case, tile, 4)
