@@ -17,6 +17,8 @@ import triton
 import triton.language as tl
 from fusion_pass.kernels.arithmetic import INTERPRETED, cast
 
+from fusion_pass.mx_specs import MX_BLOCK
+
 from cases import Case
 
 # Values per program and warps: from what suits one row to what suits many.
@@ -120,7 +122,7 @@ def bare_both_kernel(
     scale_ptr,
     other_code_ptr,
     other_scale_ptr,
-    QUADS,
+    BLOCKS,
     scales,
     scales_each,
     N: tl.constexpr,
@@ -131,11 +133,11 @@ def bare_both_kernel(
 ):
     """One program: a ROWS x COLUMNS tile of x (M, N), its codes (M, N) and (N, M), its share of the scales of each.
 
-    Rows are read four apart, QUADS = M / 4 of each kind, so that a thread has the bytes of a word of the transpose.
+    Rows are read four apart, so that a thread has the bytes of a word of the transpose. BLOCKS is M / 32, a whole number:
+    so the compiler knows where 16 bytes lie aligned.
     WHOLE: tiles fill x, so that nothing is masked.
     """
-    # For stores of 16 bytes: M is a multiple of 32.
-    QUADS = tl.multiple_of(QUADS, 8)
+    QUADS = 8 * BLOCKS
     quads = (tl.program_id(0).to(tl.int64) * (ROWS // 4) + tl.arange(0, ROWS // 4))[:, None]
     columns = (tl.program_id(1).to(tl.int64) * COLUMNS + tl.arange(0, COLUMNS))[None, :]
     mask = None if WHOLE else (quads < QUADS) & (columns < N)
@@ -159,7 +161,7 @@ def bare_both_packed_kernel(
     scale_ptr,
     other_code_ptr,
     other_scale_ptr,
-    QUADS,
+    BLOCKS,
     scales,
     scales_each,
     N: tl.constexpr,
@@ -174,7 +176,7 @@ def bare_both_packed_kernel(
     halves of two rows' words that are the values of one column.
     """
     WORDS: tl.constexpr = N // 2
-    QUADS = tl.multiple_of(QUADS, 8)
+    QUADS = 8 * BLOCKS
     quads = (tl.program_id(0).to(tl.int64) * (ROWS // 4) + tl.arange(0, ROWS // 4))[:, None]
     words = (tl.program_id(1).to(tl.int64) * (COLUMNS // 2) + tl.arange(0, COLUMNS // 2))[None, :]
     mask = None if WHOLE else (quads < QUADS) & (words < WORDS)
@@ -247,7 +249,7 @@ def bare_both(case: Case, tile: tuple[int, int], warps: int) -> Callable[..., tu
         (bare_both_packed_kernel if packed else bare_both_kernel)[grid](
             x.view(torch.int32) if packed else x,
             *outputs,
-            rows // 4,
+            rows // MX_BLOCK,
             count,
             each,
             N=row,
