@@ -1,6 +1,7 @@
 """The sites that are timed: eager code as models write it, and the bytes each must at least move.
 
-Every prologue meets every quantizer; the names of both make up the site's.
+Every prologue meets every quantizer, but those of a matrix and its transpose, which read the matrix as it lies in memory;
+the names of both make up the site's.
 """
 
 from __future__ import annotations
@@ -76,14 +77,32 @@ def per_group_packed(x: torch.Tensor, given: torch.Tensor) -> tuple[torch.Tensor
     return codes, words.t().contiguous().t()[:rows]
 
 
-def mxfp8(x: torch.Tensor, given: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """As torchao casts to MXFP8 with the RCEIL rule."""
+def mx_scaled(x: torch.Tensor, largest: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """Blocks of 32 values scaled to codes that reach ``largest``, and their E8M0 bytes by the RCEIL rule, as in torchao."""
     grouped = x.unflatten(-1, (-1, 32)).float()
-    scale = grouped.abs().amax(-1, keepdim=True) / 448.0
+    scale = grouped.abs().amax(-1, keepdim=True) / largest
     exponent = (torch.clamp(torch.ceil(torch.log2(scale)), -127, 127) + 127).to(torch.uint8)
     multiplier = torch.where(exponent == 0, 1.0, torch.exp2(127 - exponent.to(torch.float32)))
-    codes = torch.clamp(grouped * multiplier, min=-448.0, max=448.0).to(E4M3)
-    return codes.flatten(-2), exponent.squeeze(-1)
+    return torch.clamp(grouped * multiplier, min=-largest, max=largest).flatten(-2), exponent.squeeze(-1)
+
+
+def mxfp8(x: torch.Tensor, given: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    scaled, exponent = mx_scaled(x, 448.0)
+    return scaled.to(E4M3), exponent
+
+
+def mxfp4(x: torch.Tensor, given: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """E2M1 codes, ties to even, two to a byte, the first in its low bits, as torchao packs them."""
+    scaled, exponent = mx_scaled(x, 6.0)
+    magnitude = scaled.abs()
+    bits = magnitude.view(torch.int32)
+    # Half of the last place that stays, less one, and the last bit that stays: a carry rounds halves to even.
+    normal = (bits + 0x1FFFFF + (bits >> 22 & 1) >> 22) - 252
+    # The float 2^22 counts in halves, which addition rounds to.
+    subnormal = (magnitude + 2.0**22).view(torch.int32) - 0x4A800000
+    sign = scaled.view(torch.int32) >> 28 & 8
+    codes = (torch.where(magnitude < 1, subnormal, normal) | sign).to(torch.uint8)
+    return codes[..., ::2] | codes[..., 1::2] << 4, exponent
 
 
 def mxfp8_blocked(x: torch.Tensor, given: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -92,6 +111,15 @@ def mxfp8_blocked(x: torch.Tensor, given: torch.Tensor) -> tuple[torch.Tensor, t
     padded = F.pad(exponent, (0, -groups % 4, 0, -rows % 128))
     tiles = padded.view(padded.shape[0] // 128, 128, padded.shape[1] // 4, 4).permute(0, 2, 1, 3)
     return codes, tiles.reshape(-1, 4, 32, 4).transpose(1, 2).reshape(-1, 32, 16).flatten()
+
+
+def mxfp8_both(x: torch.Tensor, given: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """What both products of a linear layer's backward pass need: x and its transpose, in blocks along the rows of each."""
+    return (*mxfp8(x, given), *mxfp8(x.t().contiguous(), given))
+
+
+def mxfp4_both(x: torch.Tensor, given: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    return (*mxfp4(x, given), *mxfp4(x.t().contiguous(), given))
 
 
 @dataclass(frozen=True)
@@ -119,6 +147,8 @@ class Quantization:
         group: values per scale, or None for a scale per row.
         scale_bytes: bytes per scale; 0 if no scale is returned.
         code: the dtype of the codes.
+        per_code: values per element of that dtype.
+        both: the transpose of the values is quantized as well.
     """
 
     name: str
@@ -126,6 +156,12 @@ class Quantization:
     group: int | None = None
     scale_bytes: int = 4
     code: torch.dtype = E4M3
+    per_code: int = 1
+    both: bool = False
+
+    @property
+    def directions(self) -> int:
+        return 2 if self.both else 1
 
 
 PROLOGUES = (
@@ -146,6 +182,8 @@ QUANTIZATIONS = (
     Quantization("int8", int8_per_token, code=torch.int8),
     Quantization("mxfp8", mxfp8, 32, 1),
     Quantization("mxfp8-blocked", mxfp8_blocked, 32, 1),
+    Quantization("mxfp8-both", mxfp8_both, 32, 1, both=True),
+    Quantization("mxfp4-both", mxfp4_both, 32, 1, torch.uint8, per_code=2, both=True),
 )
 
 
@@ -162,7 +200,7 @@ class Case:
 
     @property
     def run(self) -> Callable[..., tuple[torch.Tensor, ...]]:
-        """The codes, the scales if they are returned, and the sum if there is a residual."""
+        """The codes, the scales if they are returned, both of the transpose too if ``both``, and the sum of a residual."""
         prologue, quantize = self.prologue.run, self.quantization.run
         if self.prologue.residual:
 
@@ -180,9 +218,10 @@ class Case:
 
         return site
 
-    def takes(self, row: int) -> bool:
-        """Whether rows of ``row`` values divide into groups."""
-        return row % (self.quantization.group or 1) == 0
+    def takes(self, rows: int, row: int) -> bool:
+        """Whether rows of ``row`` values divide into groups, and columns of ``rows`` values if they are quantized."""
+        group = self.quantization.group or 1
+        return row % group == 0 and (rows % group == 0 or not self.quantization.both)
 
     def inputs(self, rows: int, row: int, dtype: torch.dtype, device: str) -> tuple[torch.Tensor, ...]:
         x = torch.randn(rows, row * 2 if self.prologue.wide else row, device=device).to(dtype)
@@ -190,16 +229,23 @@ class Case:
         return x, other, torch.randn(row, device=device).to(dtype), torch.tensor([_CALIBRATED], device=device)
 
     def scales(self, rows: int, row: int) -> int:
-        """How many scales are returned, padding left out."""
+        """How many scales are returned for each direction, padding left out."""
         quantization = self.quantization
         return rows * (row // (quantization.group or row)) if quantization.scale_bytes else 0
 
     def bytes(self, rows: int, row: int, itemsize: int) -> int:
         """Every input read once, every output written once; a norm's weight, which stays in the cache, is left out."""
+        quantization = self.quantization
         reads = 2 if self.prologue.wide or self.prologue.residual else 1
         writes = 1 if self.prologue.residual else 0
-        codes = rows * row * ((reads + writes) * itemsize + self.quantization.code.itemsize)
-        return codes + self.scales(rows, row) * self.quantization.scale_bytes
+        codes = rows * row // quantization.per_code * quantization.code.itemsize
+        scales = self.scales(rows, row) * quantization.scale_bytes
+        return rows * row * (reads + writes) * itemsize + quantization.directions * (codes + scales)
 
 
-CASES = tuple(Case(prologue, quantization) for prologue in PROLOGUES for quantization in QUANTIZATIONS)
+CASES = tuple(
+    Case(prologue, quantization)
+    for prologue in PROLOGUES
+    for quantization in QUANTIZATIONS
+    if prologue.name == "none" or not quantization.both
+)

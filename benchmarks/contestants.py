@@ -60,6 +60,11 @@ def _torchao_mx() -> Callable[..., Any]:
     return lambda x, *_: kernels.triton_to_mxfp8_dim0(x, 32, "rceil")
 
 
+def _torchao_mx_both() -> Callable[..., Any]:
+    kernels = importlib.import_module("torchao.prototype.mx_formats.kernels")
+    return lambda x, *_: (kernels.triton_to_mxfp8_dim0(x, 32, "rceil"), kernels.triton_to_mxfp8_dim1(x, 32, "rceil"))
+
+
 def _sglang_rows() -> Callable[..., Any]:
     kernels = importlib.import_module("sglang.srt.layers.quantization.fp8_kernel")
     return lambda x, *_: kernels.per_token_group_quant_fp8(x, 128)
@@ -75,6 +80,7 @@ _RIVALS: dict[str, dict[str, Callable[[], Callable[..., Any]]]] = {
     "none -> group": {"torchao": _torchao_rows, "sglang": _sglang_rows},
     "none -> group-column": {"torchao": _torchao_columns, "sglang": _sglang_columns},
     "none -> mxfp8": {"torchao": _torchao_mx},
+    "none -> mxfp8-both": {"torchao": _torchao_mx_both},
 }
 
 

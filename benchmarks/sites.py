@@ -55,7 +55,7 @@ GRIDS: dict[str, dict[str, tuple[Any, ...]]] = {
         "row": (4096, 7168),
         "dtype": ("bfloat16",),
         "prologue": ("none", "rms", "add+rms", "silu*mul"),
-        "quantizer": ("token", "group", "group-column", "mxfp8"),
+        "quantizer": ("token", "group", "group-column", "mxfp8", "mxfp8-both", "mxfp4-both"),
     },
     "full": _ALL,
     "rehearsal": {
@@ -68,15 +68,15 @@ GRIDS: dict[str, dict[str, tuple[Any, ...]]] = {
 }
 _COMPARED_AT_ONCE = 1 << 26
 # What eager code holds at most beside its inputs and outputs: a few float32 tensors.
-_EAGER_BYTES_PER_VALUE = 24
+_EAGER_BYTES_PER_VALUE = 32
 
 
 def cells(grid: dict[str, Sequence[Any]], memory: float) -> Iterator[Cell]:
-    """The cells of a grid whose rows divide into groups and that take no more than ``memory`` bytes; sizes vary slowest."""
+    """The cells of a grid that divide into groups and take no more than ``memory`` bytes; sizes vary slowest."""
     wanted = [c for c in CASES if c.prologue.name in grid["prologue"] and c.quantization.name in grid["quantizer"]]
     for rows, row, dtype, case in itertools.product(grid["rows"], grid["row"], grid["dtype"], wanted):
         moved = case.bytes(rows, row, 2)
-        if case.takes(row) and buffer_count(moved) * moved + rows * row * _EAGER_BYTES_PER_VALUE <= memory:
+        if case.takes(rows, row) and buffer_count(moved) * moved + rows * row * _EAGER_BYTES_PER_VALUE <= memory:
             yield Cell(case.name, rows, row, dtype)
 
 

@@ -237,7 +237,7 @@ def run(arguments: argparse.Namespace) -> int:
     keys = [
         (site, rows, row, arguments.dtype)
         for site, row, rows in itertools.product(arguments.site, arguments.row, arguments.rows)
-        if _case(site).takes(row)
+        if _case(site).takes(rows, row)
     ]
     known = read(arguments.json) if arguments.resume else {}
     todo = [key for key in keys if key not in known]
@@ -267,7 +267,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--rows", type=int, nargs="+", default=[1, 32, 512, 8192])
     parser.add_argument("--row", type=int, nargs="+", default=[2048, 4096, 5120, 7168, 8192])
     parser.add_argument("--dtype", choices=("bfloat16", "float16"), default="bfloat16")
-    parser.add_argument("--site", nargs="+", choices=[case.name for case in CASES], default=list(SITES))
+    # The kernel of a matrix and its transpose has one configuration.
+    sites = [case.name for case in CASES if not case.quantization.both]
+    parser.add_argument("--site", nargs="+", choices=sites, default=list(SITES))
     parser.add_argument("--json", type=Path, help="append each sweep to this file, a line of JSON each")
     parser.add_argument("--resume", action="store_true", help="leave out the sweeps that are in the file already")
     parser.add_argument("--minutes", type=float, default=float("inf"), help="start no sweep after this time")

@@ -460,8 +460,8 @@ def _contiguous(*nodes: fx.Node) -> bool:
 
 
 def _over_rows(quantizer: QuantizerSite, row: int) -> Quantizer:
-    """The quantizer over rows of ``row`` values: groups as long as a row are per token."""
-    if quantizer.spec.group != row:
+    """The quantizer over rows of ``row`` values: groups as long as a row are per token, but those of FP4 codes stay groups."""
+    if quantizer.spec.group != row or quantizer.spec.e2m1 is not None:
         return quantizer.spec
     return dataclasses.replace(quantizer.spec, group=None, granularity=Granularity.ROW)
 

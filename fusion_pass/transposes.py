@@ -2,29 +2,33 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 from torch import fx
 
 from .cast_transpose import supports
 from .patterns.layouts import swaps_last_two
 from .patterns.values import FLOATS, Values, dtype, shape
 from .sites import FusedSite
-from .specs import NoPrologue, ScaleLayout
+from .specs import Granularity, NoPrologue, Quantizer, ScaleLayout
 
 
 def read_in_place(sites: list[FusedSite], values: Values) -> list[FusedSite]:
     """The sites, those of transposes reading the matrix, and joined to the site that quantizes its rows alike, if one does."""
     by_rows: dict[object, FusedSite] = {}
-    transposed: list[FusedSite] = []
+    transposed: list[tuple[FusedSite, fx.Node]] = []
     for site in sites:
         matrix = _transposed_matrix(site, values) if _is_plain(site) else None
         if matrix is not None:
-            site.x, site.by_columns = matrix, True
-            transposed.append(site)
+            transposed.append((site, matrix))
+            if site.quantizer.granularity is Granularity.GROUP:
+                site.x, site.by_columns = matrix, True
         elif _is_plain(site) and shape(site.x) == shape(values.core(site.x)):
-            by_rows[(values.core(site.x), site.quantizer)] = site
-    for site in transposed:
-        pair = by_rows.get((values.core(site.x), site.quantizer))
+            by_rows[(values.core(site.x), _in_blocks(site))] = site
+    for site, matrix in transposed:
+        pair = by_rows.get((values.core(matrix), _in_blocks(site)))
         if pair is not None and pair.columns is None:
+            pair.spec = dataclasses.replace(pair.spec, quantizer=_in_blocks(pair))
             pair.columns = site
             pair.shared_by += site.shared_by
             sites = [s for s in sites if s is not site]
@@ -36,8 +40,15 @@ def _is_plain(site: FusedSite) -> bool:
         isinstance(site.prologue, NoPrologue)
         and site.scale_layout is ScaleLayout.ROW
         and site.scale is not None
-        and supports(site.quantizer)
+        and supports(_in_blocks(site))
     )
+
+
+def _in_blocks(site: FusedSite) -> Quantizer:
+    """The site's quantizer; one of whole rows, which the plan has where rows are as long as a block, as one of blocks."""
+    if site.quantizer.granularity is not Granularity.ROW:
+        return site.quantizer
+    return dataclasses.replace(site.quantizer, group=site.row, granularity=Granularity.GROUP)
 
 
 def _transposed_matrix(site: FusedSite, values: Values) -> fx.Node | None:
@@ -45,7 +56,7 @@ def _transposed_matrix(site: FusedSite, values: Values) -> fx.Node | None:
     core = values.core(site.x)
     if dtype(core) not in FLOATS or len(shape(core)) != 2 or not swaps_last_two(core):
         return None
-    matrix, group = core.args[0], site.quantizer.group
+    matrix, group = core.args[0], _in_blocks(site).group
     assert isinstance(matrix, fx.Node)
     assert group is not None
     sizes = shape(matrix)

@@ -9,6 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 
+import fusion_pass
+
 import bare
 import contestants
 import end_to_end
@@ -89,6 +91,63 @@ def test_bare_traffic_has_the_outputs_of_the_site(device):
             assert torch.equal(total, expected[-1])
 
 
+def test_bare_traffic_in_both_directions(device):
+    """At tiles that fill the matrix and at tiles that do not: each value's codes where the site has them."""
+    case = next(case for case in CASES if case.name == "none -> mxfp8-both")
+    for tile in ((32, 64), (64, 128)):
+        inputs = case.inputs(96, 192, torch.bfloat16, device)
+        expected = case.run(*inputs)
+        found = bare.bare_both(case, tile, 4)(*inputs)
+        assert [t.dtype for t in found] == [t.dtype for t in expected]
+        assert torch.equal(found[0].float(), inputs[0].to(torch.float8_e4m3fn).float())
+        assert torch.equal(found[2].float(), inputs[0].t().to(torch.float8_e4m3fn).float())
+        for made, wanted in zip(found[1::2], expected[1::2], strict=True):
+            assert made.numel() == wanted.numel() and (made == 1).all()
+
+
+def test_bare_bytes_of_pairs_in_both_directions(device):
+    """Each byte has bits of both values whose codes are there: what changes one changes it, and no other."""
+    case = next(case for case in CASES if case.name == "none -> mxfp4-both")
+    for tile in ((32, 64), (64, 128)):
+        run = bare.bare_both(case, tile, 4)
+        inputs = case.inputs(96, 192, torch.bfloat16, device)
+        before = run(*inputs)
+        assert [(t.dtype, t.numel()) for t in before] == [(t.dtype, t.numel()) for t in case.run(*inputs)]
+        assert before[0].shape == (96, 96) and before[2].shape == (192, 48)
+        for row, column in ((0, 0), (65, 130), (94, 191)):
+            x = inputs[0].clone()
+            x.view(torch.int16)[row, column] ^= -1
+            after = run(x, *inputs[1:])
+            assert (after[0] != before[0]).nonzero().tolist() == [[row, column // 2]]
+            assert (after[2] != before[2]).nonzero().tolist() == [[column, row // 2]]
+
+
+def test_a_matrix_and_its_transpose_are_measured(tmp_path):
+    record = tmp_path / "r.jsonl"
+    assert (
+        rehearse("--json", record, "--rows", 16, 32, "--prologue", "none", "--quantizer", "mxfp8-both", "mxfp4-both")
+        == 0
+    )
+    measured = results.read(record)
+    assert [str(result.cell) for result in measured] == [
+        "none -> mxfp8-both  32x256 bfloat16",
+        "none -> mxfp4-both  32x256 bfloat16",
+    ]
+    for result, elements in zip(measured, (2 * 32 * 256, 32 * 256), strict=True):
+        assert result.errors == {}
+        assert set(result.times) == set(results.COLUMNS)
+        assert result.differ == dict.fromkeys(contestants.COMPILED, 0)
+        assert result.elements == elements + 2 * 32 * 8
+
+
+@pytest.mark.parametrize("direction", ["mxfp8-both", "mxfp4-both"])
+def test_one_op_serves_both_directions(direction):
+    case = next(case for case in CASES if case.name == f"none -> {direction}")
+    torch._dynamo.reset()
+    report = fusion_pass.explain(case.run, *case.inputs(64, 96, torch.bfloat16, "cpu"), device="cuda")
+    assert [site.name for site in report.fused] == [f"quant_{direction.removesuffix('-both')}_both_ways"]
+
+
 def test_bytes_are_those_of_the_tensors(device):
     for case in (c for c in CASES if c.prologue.name == "none" or c.quantization.name == "token"):
         inputs = case.inputs(128, 512, torch.bfloat16, device)
@@ -118,6 +177,19 @@ def test_the_summary_lists_what_misses_a_goal():
     assert "    0.900  rms -> token  8192x4096 bfloat16" in text
     assert "ours / bare over 1.3 up to 32 rows: 1 of 2 cells" in text
     assert "    2.000  rms -> token  8x4096 bfloat16" in text
+    assert "transpose" not in text
+
+
+def test_a_matrix_and_its_transpose_have_a_goal_of_their_own():
+    found = [
+        result(rows=8192, ours=10.0, bare=9.5),
+        result("none -> mxfp8-both", rows=8192, ours=10.0, bare=8.6),
+        result("none -> mxfp4-both", rows=8192, ours=10.0, bare=8.4),
+    ]
+    text = results.summary(found)
+    assert "bare / ours under 0.92 from 32 Mi values on: 0 of 1 cells" in text
+    assert "bare / ours of a matrix and its transpose under 0.85 from 32 Mi values on: 1 of 2 cells" in text
+    assert "    0.840  none -> mxfp4-both  8192x4096 bfloat16" in text
 
 
 def test_the_faster_of_two_compiled_times_counts():
@@ -142,6 +214,9 @@ def test_cells_that_do_not_divide_or_fit_are_left_out():
     assert not [c for c in found if c.row == 2880 and c.site == "none -> group"]
     assert [c for c in found if c.row == 2880 and c.site == "none -> mxfp8"]
     assert not [c for c in found if c.rows * c.row >= 1 << 27]
+    both = list(sites.cells({**grid, "quantizer": ("mxfp8-both",), "prologue": ("none", "rms")}, memory=1 << 30))
+    assert {c.rows for c in both} >= {32, 128, 512} and not {c.rows for c in both} & {1, 8}
+    assert {c.site for c in both} == {"none -> mxfp8-both"}
 
 
 def test_a_sweep_compares_the_chosen_configuration_with_others(tmp_path, capsys):

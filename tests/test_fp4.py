@@ -116,6 +116,13 @@ def test_a_multiplied_block_after_a_norm(device):
     assert compare(result, fn(x, w)).equal
 
 
+def test_rows_of_one_block(device):
+    fn, x = mxfp4(bucketized), values(device)[:, :32].contiguous()
+    result, report = compiled(fn, x)
+    assert [site.name for site in report.fused] == ["quant_mxfp4"], report
+    assert compare(result, fn(x)).equal
+
+
 def a_threshold_off_by_one_ulp(v):
     edges = torch.tensor([0.25, 0.75, 1.25, 1.7500001192092896, 2.5, 3.5, 5.0], device=v.device)
     return torch.bucketize(v.abs(), edges) | (v < 0).to(torch.int64) << 3

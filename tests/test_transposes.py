@@ -61,6 +61,19 @@ def test_one_op_serves_both_casts(device):
     assert site.shared_by == 2
 
 
+@pytest.mark.parametrize("sizes", [(32, 96), (96, 32), (32, 32)])
+def test_sides_of_one_block(sizes, device):
+    """One direction's rows are a block each."""
+    (site,) = compiled(both, torch.randn(sizes, device=device).to(torch.bfloat16)).fused
+    assert site.name == "quant_mxfp8_both_ways"
+
+
+def test_whole_rows_of_the_transpose_alone(device):
+    x = torch.randn(64, 128, device=device).to(torch.bfloat16)
+    (site,) = compiled(lambda x: spelled.per_token(x.t().contiguous()), x).fused
+    assert site.name == "quant_per_token"
+
+
 def test_what_a_norm_computes_is_read_by_columns(device):
     x, w = spelled.exact_rows(64, 64, device=device), torch.randn(64, device=device).to(torch.bfloat16)
     names = [site.name for site in compiled(after_a_norm, x, w).fused]
