@@ -180,7 +180,8 @@ def packs(spec: CastTransposeSpec, dtype: torch.dtype) -> bool:
         as_computed = e2m1.sign is Sign.KEPT and e2m1.nan_code == 7
     else:
         as_computed = e2m1.sign in (Sign.KEPT, Sign.NEGATIVE) and e2m1.nan_code in (0, 7)
-    return as_computed and quantizer.clamp == 6.0
+    # Codes saturate at 6 whether or not values are clamped.
+    return as_computed and (quantizer.clamp is None or quantizer.clamp >= 6.0)
 
 
 def _bytes(scale: torch.Tensor) -> torch.Tensor:

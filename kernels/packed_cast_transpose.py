@@ -246,16 +246,15 @@ def quantize_rows(
     # Told so, Triton finds no more than the two units of a thread to be neighbours: else they would change threads.
     quads = quads // 2 * 2 + quads % 2
     inside = None if FULL else present & (first_column + 4 * quads < N)
+    UNIT: tl.constexpr = 4 if named(CODES, "ties") is None else 2
     if named(CODES, "ties") is None:
         code = fp8_pair(low(first) * f, high(first) * f, code_ptr.dtype.element_ty) | (
             fp8_pair(low(second) * f, high(second) * f, code_ptr.dtype.element_ty) << 16
         )
-        UNIT: tl.constexpr = 4
         corner = code_ptr.to(tl.pointer_type(tl.int32), bitcast=True)
     else:
         spread = e2m1_pair(first, f, f, CODES) | (e2m1_pair(second, f, f, CODES) << 8)
         code = (spread | (spread >> 12)).to(tl.int16)
-        UNIT: tl.constexpr = 2
         corner = code_ptr.to(tl.pointer_type(tl.int16), bitcast=True)
     corner += code_address(first_row, first_column // 4, N // 4, SHUFFLED, UNIT)
     tl.store(corner + code_address(rows, quads, N // 4, SHUFFLED, UNIT), tl.reshape(code, (128, 16)), inside)
@@ -300,6 +299,7 @@ def quantize_columns(
     f = f[:, None, :, None]
     g = g[:, None, :, None]
     a, b, c, d = four_rows(pairs)
+    UNIT: tl.constexpr = 4 if named(CODES, "ties") is None else 2
     if named(CODES, "ties") is None:
         even = fp8_pair(low(a) * f, low(b) * f, code_ptr.dtype.element_ty) | (
             fp8_pair(low(c) * f, low(d) * f, code_ptr.dtype.element_ty) << 16
@@ -307,13 +307,11 @@ def quantize_columns(
         odd = fp8_pair(high(a) * g, high(b) * g, code_ptr.dtype.element_ty) | (
             fp8_pair(high(c) * g, high(d) * g, code_ptr.dtype.element_ty) << 16
         )
-        UNIT: tl.constexpr = 4
         corner = code_ptr.to(tl.pointer_type(tl.int32), bitcast=True)
     else:
         both = e2m1_pair(a, f, g, CODES) | (e2m1_pair(b, f, g, CODES) << 4)
         both |= (e2m1_pair(c, f, g, CODES) << 8) | (e2m1_pair(d, f, g, CODES) << 12)
         even, odd = both.to(tl.int16), (both >> 16).to(tl.int16)
-        UNIT: tl.constexpr = 2
         corner = code_ptr.to(tl.pointer_type(tl.int16), bitcast=True)
     code = tl.reshape(tl.permute(tl.join(even, odd), (2, 4, 0, 1, 3)), (64, 32))
     column = first_column + tl.arange(0, 64)[:, None]
