@@ -168,9 +168,13 @@ def moe_training(device: str, layers: int) -> Workload:
 
 def workloads(device: str) -> dict[str, Callable[[str, int], Workload]]:
     """Every workload by name: what makes it, given the device and the number of layers."""
-    prefill, few, many = (8192, 32, 256) if device == "cuda" else (4, 2, 3)
+    prefill, sequences, few, many = (8192, 8, 32, 256) if device == "cuda" else (4, 2, 2, 3)
     return {
         f"llama prefill {prefill}": lambda d, n: llama(d, n, 1, prefill),
+        # As many tokens, but attention over fewer: what serves many short requests.
+        f"llama prefill {sequences} x {prefill // sequences}": lambda d, n: llama(
+            d, n, sequences, prefill // sequences
+        ),
         "llama decode 1": lambda d, n: llama(d, n, 1, 1),
         f"llama decode {few}": lambda d, n: llama(d, n, few, 1),
         f"llama decode {many}": lambda d, n: llama(d, n, many, 1),
