@@ -92,6 +92,7 @@ class Measurement:
         peak_mib: memory that a step holds at most beyond what it found; by default mode alone, for CUDA graphs keep theirs.
         compile_s: the first call, caches empty; measured on demand.
         differ: how many elements of the results differ from eager's, of ``elements``.
+        spent: seconds that this took, by what was done; compiling may have found the compilers' caches filled.
     """
 
     workload: str
@@ -111,6 +112,16 @@ class Measurement:
     elements: int = 0
     note: str = ""
     error: str = ""
+    spent: dict[str, float] = field(default_factory=dict)
+
+    @contextlib.contextmanager
+    def spending(self, what: str) -> Iterator[None]:
+        """Add the time until the end of the block to ``spent``."""
+        start = time.monotonic()
+        try:
+            yield
+        finally:
+            self.spent[what] = round(self.spent.get(what, 0.0) + time.monotonic() - start, 1)
 
 
 def compiled_step(workload: Workload, name: str, mode: str, device: str) -> Callable[[], Any]:
@@ -171,7 +182,8 @@ def measure(
     result = Measurement(name, mode, layers, floor_ms=floor_ms)
     torch._dynamo.reset()
     try:
-        workload = make(device, layers)
+        with result.spending("making the model"):
+            workload = make(device, layers)
         result.layers, result.note = workload.layers, workload.note
         with compiling(workload):
             _measure(workload, result, runs, device)
@@ -193,18 +205,24 @@ def _free(device: str) -> None:
 
 def _measure(workload: Workload, result: Measurement, runs: int, device: str) -> None:
     steps = compile_both(workload, result.mode, device)
-    for _ in range(1 + (_WARMUPS if device == "cuda" else 1)):
-        for step in steps.values():
-            step()
-    # Compared only now, so that replays of CUDA graphs are.
-    expected = pytree.tree_map(torch.clone, workload.step(workload.subject))
     for name, step in steps.items():
-        result.differ[name], result.elements = differing(step(), expected)
-    del expected
-    _time(steps, result, runs, device)
-    _profile(steps, result, workload.layers, device)
-    if device == "cuda" and result.mode == DEFAULT:
-        result.peak_mib = {name: _peak(step) for name, step in steps.items()}
+        with result.spending(f"compiling {name}"):
+            step()
+    with result.spending("comparing"):
+        for _ in range(_WARMUPS if device == "cuda" else 1):
+            for step in steps.values():
+                step()
+        # Compared only now, so that replays of CUDA graphs are.
+        expected = pytree.tree_map(torch.clone, workload.step(workload.subject))
+        for name, step in steps.items():
+            result.differ[name], result.elements = differing(step(), expected)
+        del expected
+    with result.spending("timing"):
+        _time(steps, result, runs, device)
+    with result.spending("profiling"):
+        _profile(steps, result, workload.layers, device)
+        if device == "cuda" and result.mode == DEFAULT:
+            result.peak_mib = {name: _peak(step) for name, step in steps.items()}
 
 
 def _time(steps: dict[str, Callable[[], Any]], result: Measurement, runs: int, device: str) -> None:
@@ -420,6 +438,7 @@ class Run:
     def _keep(self, key: Key, measured: Measurement) -> None:
         self.known[key] = measured
         print("  ".join(line(measured)), flush=True)
+        print("    seconds:", ", ".join(f"{what} {seconds}" for what, seconds in measured.spent.items()), flush=True)
         if self.arguments.json:
             record.append(self.arguments.json, (key[2], dataclasses.asdict(measured)))
 
