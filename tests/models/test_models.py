@@ -56,7 +56,6 @@ def multiplies_rows(device):
     return True
 
 
-@pytest.mark.parametrize("quantization", QUANTIZATIONS)
 def asks_whether(settings):
     """Whether Dynamo traces ``if settings``, which it does not before torch 2.13 where a class answers for names that it lacks."""
     asked = torch.compile(lambda x: x + 1 if settings else x, backend="eager", fullgraph=True)
@@ -67,6 +66,7 @@ def asks_whether(settings):
     return True
 
 
+@pytest.mark.parametrize("quantization", QUANTIZATIONS)
 @pytest.mark.parametrize("name", EXPECTED)
 def test_every_eligible_cast_is_served(name, quantization, device):
     if quantization == "fp8 per row" and not multiplies_rows(device):
