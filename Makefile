@@ -15,7 +15,7 @@ test: $(READY)
 	$(BIN)/python -m pytest $$($(BIN)/python -c 'import xdist; print("-n auto")' 2>/dev/null)
 	TRITON_INTERPRET=0 $(BIN)/python -m pytest tests/lowering
 
-# The tests with every torch that is supported, each in an environment of its own (5 GB, under build/), and a table of
+# The tests with every torch that is supported, each in an environment of its own (6 GB, under build/), and a table of
 # their outcome. ARGS: see `python tests/matrix.py --help`.
 matrix:
 	$(PYTHON) tests/matrix.py $(ARGS)

@@ -15,7 +15,7 @@ import torch
 import triton
 from torch import fx
 
-from . import cost, debug, distances, floats, hardware, registration, rounding, settings
+from . import cost, debug, distances, floats, hardware, inductor, registration, rounding, settings
 from .failures import ExpectedError, FusionPassError, Undo, contained, during, tell
 from .inductor import CustomGraphPass, SchedulePass, counters, spread_schedule
 from .lower import lower
@@ -144,9 +144,10 @@ class FusionPass(_InstalledPass):
     """
 
     def __call__(self, graph: fx.Graph) -> None:
-        with contained(graph, strict=self.strict) as undo, during("show roundings"):
-            undo.remember()
-            rounding.show(graph)
+        if not inductor.KEEPS_ROUNDINGS:
+            with contained(graph, strict=self.strict) as undo, during("show roundings"):
+                undo.remember()
+                rounding.show(graph)
         run(graph, self.devices, strict=self.strict, to_kernels=True)
 
     def uuid(self) -> Any:
@@ -166,7 +167,7 @@ class FusionPass(_InstalledPass):
 
 
 class RoundingGuard(_InstalledPass):
-    """Hides rounding points from Inductor's joint-graph passes; :class:`FusionPass` shows them again.
+    """Hides rounding points from joint-graph passes that would drop them; :class:`FusionPass` shows them again.
 
     Before it does, floats that sites need as numbers become constants.
     """
@@ -174,9 +175,10 @@ class RoundingGuard(_InstalledPass):
     def __call__(self, graph: fx.Graph) -> None:
         with contained(graph, strict=self.strict):
             floats.specialize(graph, self.devices)
-        with contained(graph, strict=self.strict) as undo, during("hide roundings"):
-            undo.remember()
-            rounding.hide(graph)
+        if not inductor.KEEPS_ROUNDINGS:
+            with contained(graph, strict=self.strict) as undo, during("hide roundings"):
+                undo.remember()
+                rounding.hide(graph)
 
     def uuid(self) -> Any:
         return ("fusion_pass.rounding", source_hash())

@@ -45,6 +45,7 @@ except ImportError as error:
     raise UnsupportedTorchError(error) from error
 
 __all__ = [
+    "KEEPS_ROUNDINGS",
     "POST_GRAD",
     "PRE_JOINT",
     "SCHEDULE",
@@ -92,6 +93,8 @@ _STATIC_LAUNCH = "static_launch_user_defined_triton_kernels"
 
 # Whether a pass slot of the config takes several passes: since torch 2.13.
 _TAKES_LISTS = hasattr(custom_graph_pass, "get_custom_graph_passes")
+# Whether the joint-graph passes leave a cast alone that another cast widens again: since torch 2.13.
+KEEPS_ROUNDINGS: bool = torch.torch_version.TorchVersion(torch.__version__) >= "2.13"
 # Passes that are told whether the graph is one of inference: since torch 2.12.
 _INFERENCE_AWARE = getattr(custom_graph_pass, "CustomInferenceAwareGraphPass", None)
 
@@ -259,8 +262,8 @@ def realize_kernel_inputs(wanted: bool) -> bool:
 def lower_copies(wanted: bool) -> bool:
     """Whether Inductor knows ``aten._to_copy`` with a dtype alone as the cast that it is; returns what was.
 
-    It has only a decomposition, which applies before the joint graph. :mod:`fusion_pass.rounding` writes that op there,
-    and where another pass has taken the slot of ours, nothing rewrites it before Inductor generates code.
+    It has only a decomposition, which applies before the joint graph. Before torch 2.13 :mod:`fusion_pass.rounding` writes
+    that op there, and where another pass has taken the slot of ours, nothing rewrites it before Inductor generates code.
     """
     lowerings = _private(_LOWERING, "lowerings")
     before = _COPY in lowerings

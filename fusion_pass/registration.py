@@ -71,7 +71,8 @@ def _install() -> None:
     for slot, graph_pass in _passes(wanted[-1].devices, wanted[-1].strict):
         _undo.callback(inductor.remove_pass, slot, graph_pass, inductor.add_pass(slot, graph_pass))
     _undo.callback(inductor.realize_kernel_inputs, inductor.realize_kernel_inputs(True))
-    _undo.callback(inductor.lower_copies, inductor.lower_copies(True))
+    if not inductor.KEEPS_ROUNDINGS:
+        _undo.callback(inductor.lower_copies, inductor.lower_copies(True))
     _undo.callback(inductor.restore_launches, inductor.launch_kernels_statically())
 
 

@@ -198,6 +198,7 @@ def test_the_guard_of_roundings_may_fail(name, monkeypatch):
         assert picture(graph) != before
         raise InjectedError("injected")
 
+    monkeypatch.setattr(inductor, "KEEPS_ROUNDINGS", False)
     monkeypatch.setattr(rounding, name, midway)
     monkeypatch.setattr(graph_pass, "run", lambda *_, **__: None)
     with pytest.warns(fusion_pass.FusionPassWarning, match=f"{name} roundings"):

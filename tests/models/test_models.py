@@ -56,6 +56,16 @@ def multiplies_rows(device):
     return True
 
 
+def asks_whether(settings):
+    """Whether Dynamo traces ``if settings``, which it does not before torch 2.13 where a class answers for names that it lacks."""
+    asked = torch.compile(lambda x: x + 1 if settings else x, backend="eager", fullgraph=True)
+    try:
+        asked(torch.ones(1))
+    except torch._dynamo.exc.Unsupported:
+        return False
+    return True
+
+
 @pytest.mark.parametrize("quantization", QUANTIZATIONS)
 @pytest.mark.parametrize("name", EXPECTED)
 def test_every_eligible_cast_is_served(name, quantization, device):
@@ -95,6 +105,8 @@ def test_compressed_tensors_fp8_dynamic(name, device, monkeypatch):
     monkeypatch.setattr(quantization.lifecycle.forward, "patch_attr", lambda *_: contextlib.nullcontext())
     model = architectures.build(name)
     scheme = quantization.preset_name_to_scheme("FP8_DYNAMIC", ["Linear"])
+    if not asks_whether(scheme.input_activations):
+        pytest.skip("Dynamo of this torch breaks the graph before each quantization")
     quantization.apply_quantization_config(model, quantization.QuantizationConfig(config_groups={"all": scheme}))
     for module in model.modules():
         if hasattr(module, "quantization_status"):

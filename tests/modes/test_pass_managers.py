@@ -105,7 +105,7 @@ def test_a_backend_that_compiles_each_graph_by_itself(device, fused, tmp_path):
 
 
 def rounded(x):
-    """With a cast that the pass hides from Inductor's joint-graph passes, and must find again after them."""
+    """With a cast that, before torch 2.13, the pass hides from joint-graph passes and must find again after them."""
     return (x * 2).to(torch.bfloat16).float() + 1
 
 
