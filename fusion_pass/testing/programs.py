@@ -13,7 +13,7 @@ A program is data and is interpreted, so that a failure prints as a short list o
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 KINDS = (
     *("norm", "norm", "add", "add", "residual", "activate", "quantize", "quantize", "quantize", "again", "through"),
-    *("view", "alter", "cast", "change", "change value", "use", "drop", "blocks", "blocks"),
+    *("view", "alter", "cast", "change", "change value", "use", "drop", "blocks", "blocks", "layer", "layer", "gated"),
 )
 SHAPES = (
     *((2, 3, 256), (6, 256), (2, 3, 128), (5, 96), (1, 64), (3, 33), (2, 2, 2, 64), (128,), (4, 1), (1, 1, 384)),
@@ -129,6 +129,17 @@ class _Run:
         value = self.value(step.source)
         self.quantized = lambda: spellings.quantize(value, step.spelling, step.flags)
         self.again(step)
+
+    def layer(self, step: Step) -> None:
+        """A sum, its norm and a quantizer, which are seldom drawn one behind the other."""
+        self.add(step)
+        self.norm(replace(step, source=0))
+        self.quantize(replace(step, source=0))
+
+    def gated(self, step: Step) -> None:
+        """A gated activation and a quantizer."""
+        self.activate(step)
+        self.quantize(replace(step, source=0))
 
     def again(self, step: Step) -> None:
         """The latest quantization once more, as q, k and v do it; which results are read varies."""
