@@ -59,7 +59,7 @@ def collecting(
     from . import fake_device, floats, graph_pass, inductor
 
     def compiler(gm: fx.GraphModule, _: Sequence[Any]) -> Callable[..., Any]:
-        floats.specialize(gm.graph, devices)
+        floats.specialize(gm.graph, devices, strict=strict)
         # Its branches and regions are graphs of their own.
         for module in [m for m in gm.modules() if isinstance(m, fx.GraphModule)]:
             subject = module if pretend is None else fake_device.relabelled(module, pretend)

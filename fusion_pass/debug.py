@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import sys
 from dataclasses import dataclass, field
@@ -16,6 +17,9 @@ from .sites import Report
 from .traffic import Traffic, of_graph
 
 _numbers = itertools.count()
+
+# Each graph has one of these files: its number is taken.
+_CLAIMS = _REPORT, _FAILED = (".txt", ".failed.txt")
 
 
 @dataclass(frozen=True)
@@ -68,17 +72,27 @@ def record_failure(traceback: str) -> None:
     """A failure of the pass, where FUSION_PASS_DEBUG says."""
     where = settings.debug()
     if isinstance(where, Path):
-        where.mkdir(parents=True, exist_ok=True)
-        (where / f"graph_{next(_numbers)}.failed.txt").write_text(traceback)
+        _claimed(where, _FAILED).write_text(traceback, encoding="utf-8")
     elif where:
         print(f"fusion_pass: {traceback}", file=sys.stderr)
 
 
 def _write(folder: Path, report: Report, before: Picture, after: Picture) -> None:
-    folder.mkdir(parents=True, exist_ok=True)
-    stem = folder / f"graph_{next(_numbers)}"
-    stem.with_suffix(".txt").write_text(f"{report}\n", encoding="utf-8")
+    text = _claimed(folder, _REPORT)
+    text.write_text(f"{report}\n", encoding="utf-8")
+    stem = text.with_suffix("")
     stem.with_suffix(".before.py").write_text(before.code, encoding="utf-8")
     stem.with_suffix(".after.py").write_text(after.code, encoding="utf-8")
     shown = page(report, before.code, after.code, before.traffic, after.traffic, f"fusion-pass: {stem.name}")
     stem.with_suffix(".html").write_text(shown, encoding="utf-8")
+
+
+def _claimed(folder: Path, suffix: str) -> Path:
+    """A new file ``graph_N`` of the next number that no graph in the folder has: ranks and workers may share the folder."""
+    folder.mkdir(parents=True, exist_ok=True)
+    while True:
+        stem = folder / f"graph_{next(_numbers)}"
+        if not any(stem.with_suffix(kind).exists() for kind in _CLAIMS):
+            with contextlib.suppress(FileExistsError):
+                stem.with_suffix(suffix).touch(exist_ok=False)
+                return stem.with_suffix(suffix)

@@ -32,7 +32,7 @@ class FusionPassError(RuntimeError):
 
     Attributes:
         stage: what the pass was doing: ``plan``, ``rewrite``, ``lower``, ``record``, ``show roundings``, ``hide roundings``,
-            ``keep distances``, ``cache key``, or ``run``, between these.
+            ``keep distances``, ``make constants``, ``cache key``, or ``run``, between these.
         site: the site or operation at which it was, as text, or None.
     """
 

@@ -9,19 +9,24 @@ from collections.abc import Collection, Iterator
 
 from torch import fx
 
-from .inductor import FloatInput, float_inputs, make_constants
+from .failures import contained, during
+from .inductor import FloatInput, float_inputs, request_constants
 from .plan import plan
 from .sites import FusedSite
 
 
-def specialize(graph: fx.Graph, devices: Collection[str]) -> None:
+def specialize(graph: fx.Graph, devices: Collection[str], *, strict: bool) -> None:
     """Have Dynamo capture the graph anew if more of it fuses with some of its floats as constants.
 
     Called before Inductor compiles the graph. Other values of these floats are then other graphs, told by Dynamo's guards.
     """
-    inputs = float_inputs(graph)
-    if inputs and (needed := list(_needed(graph, devices, inputs))):
-        make_constants(needed)
+    restart = None
+    with contained(graph, strict=strict), during("make constants"):
+        inputs = float_inputs(graph)
+        if inputs and (needed := list(_needed(graph, devices, inputs))):
+            restart = request_constants(needed)
+    if restart is not None:
+        raise restart
 
 
 def _needed(graph: fx.Graph, devices: Collection[str], inputs: dict[fx.Node, FloatInput]) -> Iterator[FloatInput]:

@@ -6,7 +6,7 @@ import contextlib
 import gc
 import hashlib
 import logging
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -155,15 +155,12 @@ class FusionPass(_InstalledPass):
         # of a graph a limit leaves depends on the graphs before it.
         if settings.limit() is not None:
             return None
-        try:
-            with during("cache key"):
-                table = op_table.fingerprint()
-                return table and ("fusion_pass", source_hash(), self.devices, self.strict, settings.always(), table)
-        except FusionPassError as error:
-            if self.strict:
-                raise
-            tell(error)
-            return None
+        always = settings.always()
+        return _cache_key(self.strict, lambda: self._key(always))
+
+    def _key(self, always: bool) -> Any:
+        table = op_table.fingerprint()
+        return table and ("fusion_pass", source_hash(), self.devices, self.strict, always, table)
 
 
 class RoundingGuard(_InstalledPass):
@@ -173,15 +170,14 @@ class RoundingGuard(_InstalledPass):
     """
 
     def __call__(self, graph: fx.Graph) -> None:
-        with contained(graph, strict=self.strict):
-            floats.specialize(graph, self.devices)
+        floats.specialize(graph, self.devices, strict=self.strict)
         if not inductor.KEEPS_ROUNDINGS:
             with contained(graph, strict=self.strict) as undo, during("hide roundings"):
                 undo.remember()
                 rounding.hide(graph)
 
     def uuid(self) -> Any:
-        return ("fusion_pass.rounding", source_hash())
+        return _cache_key(self.strict, lambda: ("fusion_pass.rounding", source_hash()))
 
 
 class DistanceKeeper(SchedulePass):  # type: ignore[misc]
@@ -201,7 +197,19 @@ class DistanceKeeper(SchedulePass):  # type: ignore[misc]
         return nodes
 
     def uuid(self) -> Any:
-        return ("fusion_pass.distances", source_hash())
+        return _cache_key(self.strict, lambda: ("fusion_pass.distances", source_hash()))
+
+
+def _cache_key(strict: bool, key: Callable[[], Any]) -> Any:
+    """The key, or if there is none for an exception, None, which bypasses Inductor's cache."""
+    try:
+        with during("cache key"):
+            return key()
+    except FusionPassError as error:
+        if strict:
+            raise
+        tell(error)
+        return None
 
 
 @cache

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass
 from functools import cache
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
 from torch import fx
@@ -67,12 +67,12 @@ __all__ = [
     "known",
     "launch_kernels_statically",
     "lower_copies",
-    "make_constants",
     "make_fx",
     "parse_schema",
     "real_tensors",
     "realize_kernel_inputs",
     "remove_pass",
+    "request_constants",
     "restore_launches",
     "sort_topologically",
     "spread_schedule",
@@ -380,15 +380,16 @@ def _is_number(value: Any) -> bool:
     return is_tensor and value.dim() == 0 and value.dtype is torch.float64
 
 
-def make_constants(floats: Iterable[FloatInput]) -> NoReturn:
-    """Have Dynamo capture the graph anew with these floats as constants, which its guards then compare.
+def request_constants(floats: Iterable[FloatInput]) -> Exception:
+    """What to raise to have Dynamo capture the graph anew with these floats as constants, which its guards then compare.
 
     As for floats that become no tensors, such as sizes. It works until Inductor compiles the graph, whose own
     errors would hide the request; and no cache has stored the graph by then.
     """
+    restart = _private("torch._dynamo.exc", "TensorifyScalarRestartAnalysis")()
     for needed in floats:
         _private("torch._dynamo.symbolic_convert", "TensorifyState").specialize(needed.symbol)
-    raise _private("torch._dynamo.exc", "TensorifyScalarRestartAnalysis")
+    return restart  # type: ignore[no-any-return]
 
 
 def compile_without_joint_passes(

@@ -160,7 +160,7 @@ def _cast_transpose(x: torch.Tensor, *arguments: str) -> list[torch.Tensor]:
     spec.check(x)
     if x.numel() == 0:
         return spec.allocate(x)
-    run = plain_cast_transpose if x.device.type == "cpu" and not INTERPRETED else launch_cast_transpose
+    run = plain_cast_transpose if x.device.type == "cpu" and not _interpreted.get() else launch_cast_transpose
     return run(spec, x)
 
 

@@ -138,15 +138,22 @@ def launch_into_buffers(
     x, stride = rows_of(x)
     outputs = [storable(out) if i % 2 == 0 else out for i, out in enumerate(spec.allocate(x))]
     count = x.numel() // row
-    named: dict[str, Any] = dict.fromkeys(("row_code_ptr", "row_scale_ptr", "column_code_ptr", "column_scale_ptr"))
+    directed: dict[str, Any] = dict.fromkeys(("row_code_ptr", "row_scale_ptr", "column_code_ptr", "column_scale_ptr"))
     for (name, _), code, scale in zip(spec.placements(), outputs[::2], outputs[1::2], strict=True):
         direction = name.removesuffix("wise")
-        named |= {f"{direction}_code_ptr": code, f"{direction}_scale_ptr": _bytes(scale)}
+        directed |= {f"{direction}_code_ptr": code, f"{direction}_scale_ptr": _bytes(scale)}
     for direction, placement in (("ROW", spec.rowwise), ("COLUMN", spec.columnwise)):
-        named[f"{direction}_LAYOUT"] = None if placement is None else placement.scales.value
-        named[f"{direction}_SHUFFLED"] = placement is not None and placement.shuffled
+        directed[f"{direction}_LAYOUT"] = None if placement is None else placement.scales.value
+        directed[f"{direction}_SHUFFLED"] = placement is not None and placement.shuffled
     assert spec.quantizer.group is not None
-    arguments = {"x_ptr": x, "M": count, "x_stride": stride, "N": row, **named, **quantizer_constants(spec.quantizer)}
+    arguments = {
+        "x_ptr": x,
+        "M": count,
+        "x_stride": stride,
+        "N": row,
+        **directed,
+        **quantizer_constants(spec.quantizer),
+    }
     if packs(spec, x.dtype):
         grid = (-(-count // TILE_ROWS), -(-row // TILE_COLUMNS), 1)
         full = isinstance(count, int) and count % TILE_ROWS == row % TILE_COLUMNS == 0

@@ -3,6 +3,10 @@
 A program is four warps, each with 32 rows of 64 columns. Triton gives a thread 8 neighbouring columns and every 16th row of the
 tile, so rows are numbered such that these are neighbours, too: amaxes in both directions then take two exchanges between threads,
 four codes of a column make a word, and only words of codes pass through shared memory on their way to the transpose.
+
+A pair is an int32: two neighbouring bf16 of a row, the first in the low half. Where magnitudes are compared as integers, their
+bits are in the order of their values, infinity below NaN. Which specs this kernel computes,
+:func:`fusion_pass.kernels.cast_transpose.packs` says.
 """
 
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-calls, allow-untyped-decorators
@@ -17,6 +21,7 @@ from .fused_quant import load
 from .placement import block_scale_address, code_address
 from .scale_program import evaluate
 
+# What a launch must know. The device functions are written for these shapes, and have them as numbers.
 TILE_ROWS = 128
 TILE_COLUMNS = 64
 WARPS = 4
@@ -35,6 +40,7 @@ def high(pair):
     return (pair & -65536).to(tl.float32, bitcast=True)
 
 
+# Triton's interpreter runs no PTX: there the same by Triton's own operations. Docstrings are with the PTX.
 if INTERPRETED:
 
     @triton.jit
@@ -77,6 +83,7 @@ else:
 
     @triton.jit
     def greater_pair(a, b):
+        """The greater of the first and of the second values of two pairs; NaN if either is."""
         return tl.inline_asm_elementwise("max.NaN.bf16x2 $0, $1, $2;", "=r,r,r", [a, b], tl.int32, is_pure=True, pack=1)
 
     @triton.jit
@@ -86,7 +93,7 @@ else:
 
     @triton.jit
     def fp8_pair(first, second, dtype: tl.constexpr):
-        """The codes of two f32 tiles, the first in the low byte."""
+        """The codes of two f32 tiles, the first in the low byte; PTX takes the one for the high byte first."""
         if dtype == tl.float8e4nv:
             code = tl.inline_asm_elementwise(
                 "{ .reg .b16 c; cvt.rn.satfinite.e4m3x2.f32 c, $2, $1; cvt.u32.u16 $0, c; }",
@@ -228,8 +235,10 @@ def quantize_rows(
     PROGRAM: tl.constexpr,
     CODES: tl.constexpr,
 ):
-    """Quantize a (128, 32) tile of pairs in blocks of 32 columns."""
+    """Quantize a (128, 32) tile of pairs, 64 columns of x, in blocks of 32 columns."""
+    # Each thread's 8 columns first, then the four threads of a block of 32 columns.
     octets = largest(tl.reshape(magnitudes, (128, 8, 4)), 2)
+    # The greater half, where f32 has the bits of a bf16.
     in_octet = tl.maximum(octets & -65536, octets << 16)
     peak = tl.max(tl.reshape(in_octet, (128, 2, 4)), 2).to(tl.float32, bitcast=True)
     factor, scale = evaluate(peak, tl.full(peak.shape, 0.0, tl.float32), PROGRAM)
@@ -253,6 +262,7 @@ def quantize_rows(
         )
         corner = code_ptr.to(tl.pointer_type(tl.int32), bitcast=True)
     else:
+        # Codes at bits 0, 16, 8 and 24; by 12 further down, the second and fourth are at 4 and 12.
         spread = e2m1_pair(first, f, f, CODES) | (e2m1_pair(second, f, f, CODES) << 8)
         code = (spread | (spread >> 12)).to(tl.int16)
         corner = code_ptr.to(tl.pointer_type(tl.int16), bitcast=True)
@@ -262,7 +272,10 @@ def quantize_rows(
 
 @triton.jit
 def four_rows(pairs):
-    """A (128, 32) tile as the pairs of four neighbouring rows, each (block, thread, pair, half of the thread's rows)."""
+    """A (128, 32) tile as the pairs of four neighbouring rows, each (block, thread, pair, half of the thread's rows).
+
+    Undoes :func:`tile_row`: the tile's index is 16 times the row of a thread's 8, plus 4 times the block, plus the thread.
+    """
     by_row = tl.permute(tl.reshape(pairs, (8, 4, 4, 32)), (1, 2, 3, 0))
     even, odd = tl.split(tl.reshape(by_row, (4, 4, 32, 2, 2, 2)))
     first, third = tl.split(even)
@@ -286,7 +299,7 @@ def quantize_columns(
     PROGRAM: tl.constexpr,
     CODES: tl.constexpr,
 ):
-    """Quantize a (128, 32) tile of pairs in blocks of 32 rows."""
+    """Quantize a (128, 32) tile of pairs, 64 columns of x, in blocks of 32 rows; codes are written as the transpose's."""
     peaks = largest(largest(tl.reshape(magnitudes, (8, 4, 4, 32)), 0), 1)
     peak = tl.join(low(peaks), high(peaks))
     factor, scale = evaluate(peak, tl.full(peak.shape, 0.0, tl.float32), PROGRAM)
@@ -309,6 +322,7 @@ def quantize_columns(
         )
         corner = code_ptr.to(tl.pointer_type(tl.int32), bitcast=True)
     else:
+        # The low half has four rows' codes of the even columns, the high half those of the odd ones.
         both = e2m1_pair(a, f, g, CODES) | (e2m1_pair(b, f, g, CODES) << 4)
         both |= (e2m1_pair(c, f, g, CODES) << 8) | (e2m1_pair(d, f, g, CODES) << 12)
         even, odd = both.to(tl.int16), (both >> 16).to(tl.int16)

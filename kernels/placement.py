@@ -1,4 +1,4 @@
-"""Where a cast-transpose writes the codes and block scales of one direction."""
+"""Where a cast-transpose writes the codes and block scales of one direction: rows and columns are those of what it writes."""
 
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-calls, allow-untyped-decorators
 
@@ -27,7 +27,7 @@ def code_address(row, column, WIDTH, SHUFFLED: tl.constexpr, UNIT: tl.constexpr 
 
 @triton.jit
 def block_scale_address(row, block, ROWS, BLOCKS, LAYOUT: tl.constexpr):
-    """Where the scale of a block lies among (ROWS, BLOCKS), as fusion_pass.cast_transpose.BlockScales has it."""
+    """Where the scale of a block lies among (ROWS, BLOCKS); LAYOUT is a value of fusion_pass.cast_transpose.BlockScales."""
     if LAYOUT == "linear":
         at = row * BLOCKS + block
     elif LAYOUT == "padded":

@@ -152,7 +152,7 @@ def _quantize(quantizer: Quantizer, value: torch.Tensor, given: torch.Tensor | N
         outputs = [quotient.to(quantizer.code).reshape(value.shape).contiguous()]
     else:
         codes = e2m1_codes(quantizer.e2m1, quotient).reshape(value.shape)
-        outputs = [codes[..., ::2] | codes[..., 1::2] << 4]
+        outputs = [(codes[..., ::2] | codes[..., 1::2] << 4).contiguous()]
     if quantizer.scale is not None:
         scale = evaluate(quantizer.scale, leaves)
         assert isinstance(scale, torch.Tensor)

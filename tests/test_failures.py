@@ -1,5 +1,6 @@
 """The pass may fail anywhere: the graph is as it was, compiling goes on, and a warning says where; strict raises."""
 
+import itertools
 import re
 import threading
 
@@ -10,7 +11,23 @@ from torch._dynamo.utils import counters
 from torch._inductor import config
 
 import fusion_pass
-from fusion_pass import debug, failures, fake_device, graph_pass, inductor, lower, plan, rewrite, rounding
+from fusion_pass import (
+    backends,
+    cost,
+    debug,
+    failures,
+    fake_device,
+    floats,
+    graph_pass,
+    hardware,
+    inductor,
+    lower,
+    plan,
+    rewrite,
+    rounding,
+    sites,
+    transposes,
+)
 from fusion_pass.testing import compare
 
 import spelled
@@ -86,6 +103,10 @@ FAULTS = [
     ("plan", plan, "recognise_quantizer", 1),
     ("plan", plan, "recognise_norm", 1),
     ("plan", plan._Planner, "_with_layout", 1),
+    ("plan", transposes, "_is_plain", 1),
+    ("plan", hardware, "_lacking", 1),
+    ("plan", cost, "_measured", 1),
+    ("run", graph_pass, "_limit", 0),
     ("rewrite", graph_pass, "rewrite", 0),
     ("rewrite", rewrite._Editor, "insert", 1),
     ("rewrite", rewrite._Editor, "_call", 7),
@@ -106,6 +127,14 @@ FAULTS = [
 ]
 
 
+@pytest.fixture
+def every_stage(monkeypatch):
+    """Stages that settings leave out run as well: what costs more is declined, and so is what is beyond the limit."""
+    monkeypatch.setenv("FUSION_PASS_ALWAYS", "0")
+    monkeypatch.setenv("FUSION_PASS_LIMIT", "1000000")
+
+
+@pytest.mark.usefixtures("every_stage")
 @pytest.mark.parametrize(("stage", "owner", "name", "successes"), FAULTS, ids=lambda p: getattr(p, "__name__", p))
 def test_a_fault_leaves_the_graph_as_it_was(stage, owner, name, successes, monkeypatch):
     gm = captured()
@@ -130,6 +159,7 @@ def test_a_fault_leaves_the_graph_as_it_was(stage, owner, name, successes, monke
     graph.lint()
 
 
+@pytest.mark.usefixtures("every_stage")
 @pytest.mark.parametrize(("stage", "owner", "name", "successes"), FAULTS, ids=lambda p: getattr(p, "__name__", p))
 def test_strict_raises_what_failed(stage, owner, name, successes, monkeypatch):
     graph = captured().graph
@@ -206,6 +236,36 @@ def test_the_guard_of_roundings_may_fail(name, monkeypatch):
     assert picture(graph) == before
 
 
+@pytest.mark.parametrize("name", ["float_inputs", "_needed", "request_constants"])
+def test_making_constants_may_fail(name, monkeypatch):
+    def per_token(x, w, eps):
+        return spelled.per_token(spelled.rms_norm(x, w, eps))
+
+    monkeypatch.setattr(floats, name, failing(getattr(floats, name)))
+    x, _, w = arguments()
+    for tensor in (x, w):
+        torch._dynamo.mark_static(tensor, tensor.dim() - 1)
+    with pytest.warns(fusion_pass.FusionPassWarning, match="make constants"):
+        compiled = torch.compile(per_token, backend="fusion_pass_eager", dynamic=True)(x, w, 1e-5)
+    assert compare(compiled, per_token(x, w, 1e-5)).equal
+    torch._dynamo.reset()
+    strict = backends.collecting(sites.Report(), strict=True)
+    with pytest.raises(torch._dynamo.exc.BackendCompilerFailed, match=r"FusionPassError.*make constants"):
+        torch.compile(per_token, backend=strict, dynamic=True)(x, w, 1e-5)
+
+
+@pytest.mark.parametrize(
+    "installed",
+    [graph_pass.FusionPass, graph_pass.RoundingGuard, lambda devices, strict=False: graph_pass.DistanceKeeper(strict)],
+)
+def test_sources_that_cannot_be_read_bypass_the_cache(installed, monkeypatch):
+    monkeypatch.setattr(graph_pass, "source_hash", failing(graph_pass.source_hash))
+    with pytest.warns(fusion_pass.FusionPassWarning, match="cache key"):
+        assert installed(("cuda",)).uuid() is None
+    with pytest.raises(fusion_pass.FusionPassError, match="cache key"):
+        installed(("cuda",), strict=True).uuid()
+
+
 def test_a_description_of_a_registered_op_may_fail(monkeypatch):
     monkeypatch.setattr(op_table, "fingerprint", failing(op_table.fingerprint))
     with pytest.warns(fusion_pass.FusionPassWarning, match="cache key"):
@@ -222,6 +282,21 @@ def test_a_failure_is_written_to_the_debug_folder(monkeypatch, tmp_path):
     (written,) = tmp_path.glob("*.failed.txt")
     assert "InjectedError: injected" in written.read_text()
     assert "in _trace" in written.read_text() or "wrapper" in written.read_text()
+
+
+@pytest.mark.filterwarnings("ignore::fusion_pass.failures.FusionPassWarning")
+def test_a_debug_folder_is_shared(monkeypatch, tmp_path):
+    """Nothing of another process, whose numbers are the same, is written over."""
+    monkeypatch.setenv("FUSION_PASS_DEBUG", str(tmp_path))
+    for faulty in (False, True, False):
+        monkeypatch.setattr(debug, "_numbers", itertools.count())
+        with monkeypatch.context() as patch:
+            if faulty:
+                patch.setattr(lower, "_trace", failing(lower._trace))
+            graph_pass.run(captured().graph, ("cuda",), to_kernels=True)
+    kinds = (".after.py", ".before.py", ".html", ".txt")
+    whole = [f"graph_{number}{kind}" for number in (0, 1, 3) for kind in kinds]
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted([*whole, "graph_2.failed.txt"])
 
 
 def test_a_folder_that_cannot_be_written_to_stops_no_one(monkeypatch, tmp_path):

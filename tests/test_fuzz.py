@@ -37,8 +37,8 @@ def test_random_programs_keep_eagers_bits():
     (fuzz if SEED is None else seed(int(SEED))(fuzz))()
     print(dict(fused))
     # Programs that fuse nothing would test nothing.
-    assert fused["programs with a site"] > fused["programs"] / 3
-    assert len(fused) > 20
+    assert fused["programs with a site"] > fused["programs"] / 2
+    assert len(fused) > 40
 
 
 def test_every_kind_of_step_can_be_run():
@@ -86,3 +86,11 @@ def test_a_size_that_tracing_has_fixed_is_not_varied():
     """Found by fuzzing: writing to a (2, s) expansion of s rows makes s 2, so that the graph holds for no other."""
     steps = (Step("view", spelling=10), Step("quantize", spelling=22, flags=11), Step("change value"))
     assert check(Program(steps, shape=(2, 3, 256), dtype=F32, values="special", dynamic=True, seed=1)).fused
+
+
+@ON_CPU
+@pytest.mark.parametrize("steps", [(Step("blocks", other=1, spelling=2),), (Step("blocks", other=2, spelling=6),)])
+def test_codes_of_a_transpose_lie_by_rows(steps):
+    """Found by fuzzing: plain PyTorch packs the codes of x.t() into a tensor whose strides are those of x.t()."""
+    (site,) = check(Program(steps, shape=(64, 96))).fused
+    assert site.name.startswith("quant_mxfp4_b")

@@ -4,6 +4,7 @@ import re
 
 import pytest
 import torch
+import triton
 from torch._dynamo.exc import BackendCompilerFailed
 from torch._dynamo.utils import counters
 from torch._inductor import config
@@ -102,8 +103,18 @@ def test_the_cache_key_covers_options_and_sources(monkeypatch):
     assert same == graph_pass.FusionPass(["cuda"], False).uuid()
     assert same != graph_pass.FusionPass(("cpu", "cuda"), False).uuid()
     assert same != graph_pass.FusionPass(("cuda",), True).uuid()
+    with monkeypatch.context() as patch:
+        patch.setenv("FUSION_PASS_ALWAYS", "0")
+        assert same != graph_pass.FusionPass(("cuda",), False).uuid()
     monkeypatch.setattr(graph_pass, "source_hash", lambda: "other sources")
     assert same != graph_pass.FusionPass(("cuda",), False).uuid()
+
+
+@pytest.mark.parametrize("module", [torch, triton])
+def test_the_hash_of_sources_covers_the_versions_of_torch_and_triton(module, monkeypatch):
+    same = graph_pass.source_hash()
+    monkeypatch.setattr(module, "__version__", "0.0")
+    assert graph_pass.source_hash.__wrapped__() != same
 
 
 def test_a_limit_bypasses_the_cache(monkeypatch):

@@ -61,6 +61,15 @@ def test_a_module_and_dynamic_sizes(device):
     assert isinstance(report.fused[0].shape[0], torch.SymInt)
 
 
+def test_rows_stay_static_where_sizes_are_symbols(device):
+    report = assert_fusion_equivalent(
+        norm_quant, *(t.to(device) for t in arguments()), dynamic=True, sites=["rms_norm_per_token"]
+    )
+    rows, length = report.fused[0].shape
+    assert isinstance(rows, torch.SymInt)
+    assert length == 256
+
+
 def test_a_site_that_does_not_fuse_is_named(device):
     with pytest.raises(AssertionError, match=r"the sites are \[\], not \['quant_per_token'\]"):
         assert_fusion_equivalent(F.relu, arguments()[0].to(device), sites=["quant_per_token"])

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import fx
 from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from ..fake_device import copy_module
 from ..sites import Report
@@ -124,7 +125,7 @@ def assert_fusion_equivalent(
 
     Args:
         fn: a function or module.
-        dynamic: compile with symbolic sizes.
+        dynamic: compile with symbolic sizes, all but the last of each tensor: kernels take rows of a static length.
         sites: the names of the sites that must fuse, in any order, such as ``["rms_norm_per_token"]``; None for any or none.
         exact: whether every bit must be eager's. None: yes, unless a norm of other values than small integers runs as a
             kernel, which adds up the squares in its own order; then a thousandth of the codes may differ, and floats by
@@ -168,10 +169,13 @@ class Graphs:
         return Graphs(self.fn, self.dynamic)
 
     def run(self, args: Sequence[Any]) -> Execution:
-        return execute(self._fused, args)
+        return execute(self._given(self._fused), args)
 
     def run_unfused(self, args: Sequence[Any]) -> Execution:
-        return execute(self._unfused, args)
+        return execute(self._given(self._unfused), args)
+
+    def _given(self, compiled: Callable[..., Any]) -> Callable[..., Any]:
+        return (lambda *args: compiled(*map(_with_static_rows, args))) if self.dynamic else compiled
 
     def reorders(self) -> bool:
         """Whether a kernel adds up a norm's squares in an order other than eager's."""
@@ -184,11 +188,12 @@ class Graphs:
         return DifferenceError(what, comparison, self.report, "\n".join(self.before), "\n".join(self.after))
 
     def _backend(self, fuse: bool) -> Callable[..., Any]:
-        from .. import graph_pass, inductor, registration
+        from .. import floats, graph_pass, inductor, registration
 
         def compiler(gm: fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
             if fuse:
                 self.kernels |= any(isinstance(t, torch.Tensor) and t.is_cuda for t in inputs)
+                floats.specialize(gm.graph, registration.DEVICES, strict=True)
                 self.before.append(_code(gm))
                 found = graph_pass.run(gm.graph, registration.DEVICES)
                 _raise_failures(found)
@@ -199,6 +204,12 @@ class Graphs:
             return torch.no_grad()(gm.forward)  # type: ignore[no-any-return]
 
         return lambda gm, inputs: inductor.compile_without_joint_passes(gm, inputs, compiler)
+
+
+def _with_static_rows(value: Any) -> Any:
+    if isinstance(value, torch.Tensor) and value.dim() and not is_traceable_wrapper_subclass(value):
+        torch._dynamo.mark_static(value, value.dim() - 1)  # type: ignore[no-untyped-call]
+    return value
 
 
 def check_traced(fn: Callable[..., Any], args: Sequence[torch.Tensor], *, dynamic: bool = False) -> Report:

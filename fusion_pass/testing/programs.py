@@ -13,7 +13,7 @@ A program is data and is interpreted, so that a failure prints as a short list o
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -27,9 +27,12 @@ if TYPE_CHECKING:
 
 KINDS = (
     *("norm", "norm", "add", "add", "residual", "activate", "quantize", "quantize", "quantize", "again", "through"),
-    *("view", "alter", "cast", "change", "change value", "use", "drop"),
+    *("view", "alter", "cast", "change", "change value", "use", "drop", "blocks", "blocks", "layer", "layer", "gated"),
 )
-SHAPES = ((2, 3, 256), (6, 256), (2, 3, 128), (5, 96), (1, 64), (3, 33), (2, 2, 2, 64), (128,), (4, 1), (1, 1, 384))
+SHAPES = (
+    *((2, 3, 256), (6, 256), (2, 3, 128), (5, 96), (1, 64), (3, 33), (2, 2, 2, 64), (128,), (4, 1), (1, 1, 384)),
+    *((64, 96), (2, 32, 64)),
+)
 DTYPES = (torch.bfloat16, torch.bfloat16, torch.float16, torch.float32)
 
 
@@ -70,7 +73,7 @@ class Program:
         return x, y, weight.to(self.dtype)
 
     def __call__(self, x: torch.Tensor, y: torch.Tensor, weight: torch.Tensor) -> list[torch.Tensor]:
-        run = _Run(x, y, weight)
+        run = _Run(x, y, weight, transposes=not self.dynamic)
         for step in self.steps:
             getattr(run, step.kind.replace(" ", "_"))(step)
         return run.results
@@ -79,8 +82,9 @@ class Program:
 class _Run:
     """The values of a program that is being interpreted; each method is a kind of step."""
 
-    def __init__(self, x: torch.Tensor, y: torch.Tensor, weight: torch.Tensor) -> None:
+    def __init__(self, x: torch.Tensor, y: torch.Tensor, weight: torch.Tensor, transposes: bool) -> None:
         self.weight = weight
+        self.transposes = transposes  # whether rows are of a known number, and may be divided into blocks
         self.streams = [x, y]  # inputs and sums: what residual streams are
         self.values: list[torch.Tensor] = []
         self.results: list[torch.Tensor] = []
@@ -126,10 +130,33 @@ class _Run:
         self.quantized = lambda: spellings.quantize(value, step.spelling, step.flags)
         self.again(step)
 
+    def layer(self, step: Step) -> None:
+        """A sum, its norm and a quantizer, which are seldom drawn one behind the other."""
+        self.add(step)
+        self.norm(replace(step, source=0))
+        self.quantize(replace(step, source=0))
+
+    def gated(self, step: Step) -> None:
+        """A gated activation and a quantizer."""
+        self.activate(step)
+        self.quantize(replace(step, source=0))
+
     def again(self, step: Step) -> None:
         """The latest quantization once more, as q, k and v do it; which results are read varies."""
         results = self.quantized()
         self.results += results if step.other < 6 else results[step.other % 2 :][:1]
+
+    def blocks(self, step: Step) -> None:
+        """MX codes of a matrix, of its transpose, or of both."""
+        value = self.value(step.source)
+        if value.dim() == 0:
+            return
+        matrix = value.reshape(-1, value.shape[-1])
+        ways = (1, 2, 3)[step.other % 3] if self.transposes else 1
+        if ways & 1 and matrix.shape[1] % spellings.BLOCK == 0:
+            self.results += spellings.in_blocks(matrix, step.spelling)
+        if ways & 2 and matrix.shape[0] % spellings.BLOCK == 0:
+            self.results += spellings.in_blocks(matrix.t().contiguous(), step.spelling)
 
     def through(self, step: Step) -> None:
         self.values.append(spellings.dequantized(self.value(step.source), step.spelling, step.flags))

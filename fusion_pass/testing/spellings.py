@@ -11,7 +11,10 @@ import torch
 import torch.nn.functional as F  # noqa: N812
 
 BF16, F16, F32 = torch.bfloat16, torch.float16, torch.float32
+BLOCK = 32
 CODES = (torch.float8_e4m3fn, torch.float8_e4m3fn, torch.float8_e5m2, torch.int8)
+# Between the magnitudes of E2M1: 0, 0.5, 1, 1.5, 2, 3, 4, 6.
+MIDPOINTS = (0.25, 0.75, 1.25, 1.75, 2.5, 3.5, 5.0)
 
 
 def norm(x: torch.Tensor, weight: torch.Tensor, spelling: int, flags: int) -> torch.Tensor:
@@ -84,6 +87,32 @@ def quantize(x: torch.Tensor, spelling: int, flags: int) -> tuple[torch.Tensor, 
     scale = scale.squeeze(-1)
     transposed = flags & 8 and scale.dim() > 1
     return codes, scale.transpose(-1, -2).contiguous() if transposed else scale
+
+
+def in_blocks(x: torch.Tensor, spelling: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """MXFP8 codes as x (M, N), or MXFP4 codes (M, N / 2), and E8M0 scales (M, N / 32); 32 divides N."""
+    blocks = x.float().unflatten(-1, (-1, BLOCK))  # type: ignore[no-untyped-call]
+    # The exponent of the codes' largest power of two: 2 for E2M1, 8 for e4m3fn.
+    largest = (8, 8, 2, 2)[spelling % 4]
+    biased = ((blocks.abs().amax(-1, keepdim=True).view(torch.int32) >> 23) - largest).clamp(min=1)
+    scale = (biased << 23).view(F32)
+    values = (blocks / scale if spelling % 3 else blocks * scale.reciprocal()).flatten(-2)
+    codes = values.clamp(-448.0, 448.0).to(CODES[0]) if largest == 8 else packed(e2m1(values, spelling))
+    return codes, biased.to(torch.uint8).squeeze(-1)
+
+
+def e2m1(values: torch.Tensor, spelling: int) -> torch.Tensor:
+    """E2M1 codes in bytes, by counting the midpoints below a value or by searching them."""
+    if spelling % 8 < 4:
+        magnitude = sum((values.abs() >= midpoint).to(torch.uint8) for midpoint in MIDPOINTS)
+    else:
+        magnitude = torch.bucketize(values.abs(), torch.tensor(MIDPOINTS, device=values.device)).to(torch.uint8)
+    return magnitude | ((values < 0).to(torch.uint8) << 3)
+
+
+def packed(codes: torch.Tensor) -> torch.Tensor:
+    """Two codes a byte, the first in the low bits."""
+    return codes[..., ::2] | (codes[..., 1::2] << 4)
 
 
 def dequantized(x: torch.Tensor, spelling: int, flags: int) -> torch.Tensor:

@@ -71,6 +71,20 @@ def test_unmarked_rows_become_dynamic_once(fullgraph, device, backend, graphs):
     assert graphs() == 2
 
 
+def test_rows_of_dynamic_length_do_not_fuse(device, backend, fused, graphs):
+    """Kernels are built for a row length: the cast is left, and reported."""
+    compiled = torch.compile(lambda x: spelled.per_token(x), backend=backend, fullgraph=True)
+    for width in (WIDTH, 48):
+        x = spelled.exact_rows(5, width, device=device)
+        torch._dynamo.mark_dynamic(x, 1)
+        codes, scale = compiled(x)
+        # A GPU's Inductor compiles what is left, and rounds elsewhere than eager.
+        assert codes.shape == x.shape
+        assert device == "cuda" or compare((codes, scale), spelled.per_token(x)).equal
+    assert graphs() == 1
+    assert fused() == {"missed_quantizer": 1}
+
+
 def test_many_rows(device, backend, graphs):
     fn = SITES["rms_norm_per_group_16"]
     compiled = torch.compile(fn, backend=backend)
