@@ -44,8 +44,14 @@ def register(devices: Sequence[str] = ("cuda",), strict: bool = False) -> None:
     """
     options = _Options(checked(devices), strict)
     with _lock:
+        before = _registered[:]
         _registered[:] = [options]
-        _install()
+        try:
+            _install()
+        except BaseException:
+            _registered[:] = before
+            _install()
+            raise
 
 
 def checked(devices: Sequence[str]) -> tuple[str, ...]:
@@ -62,18 +68,20 @@ def checked(devices: Sequence[str]) -> tuple[str, ...]:
 
 
 def _install() -> None:
-    """Have Inductor's config hold the passes of the last options, or none."""
+    """Have Inductor's config hold the passes of the last options, or none; none also if that fails."""
     from . import inductor
 
     _undo.close()
     if not (wanted := [*_registered, *_scopes]):
         return
-    for slot, graph_pass in _passes(wanted[-1].devices, wanted[-1].strict):
-        _undo.callback(inductor.remove_pass, slot, graph_pass, inductor.add_pass(slot, graph_pass))
-    _undo.callback(inductor.realize_kernel_inputs, inductor.realize_kernel_inputs(True))
-    if not inductor.KEEPS_ROUNDINGS:
-        _undo.callback(inductor.lower_copies, inductor.lower_copies(True))
-    _undo.callback(inductor.restore_launches, inductor.launch_kernels_statically())
+    with contextlib.ExitStack() as undo:
+        for slot, graph_pass in _passes(wanted[-1].devices, wanted[-1].strict):
+            undo.callback(inductor.remove_pass, slot, graph_pass, inductor.add_pass(slot, graph_pass))
+        undo.callback(inductor.realize_kernel_inputs, inductor.realize_kernel_inputs(True))
+        if not inductor.KEEPS_ROUNDINGS:
+            undo.callback(inductor.lower_copies, inductor.lower_copies(True))
+        undo.callback(inductor.restore_launches, inductor.launch_kernels_statically())
+        _undo.push(undo.pop_all())
 
 
 @functools.cache
@@ -110,10 +118,10 @@ def is_registered() -> bool:
 def enabled(devices: Sequence[str] = ("cuda",), strict: bool = False) -> Iterator[None]:
     """:func:`register` for the duration of a ``with`` block; an earlier registration is restored after it."""
     options = _Options(checked(devices), strict)
-    with _lock:
-        _scopes.append(options)
-        _install()
     try:
+        with _lock:
+            _scopes.append(options)
+            _install()
         yield
     finally:
         with _lock:

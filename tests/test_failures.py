@@ -23,6 +23,7 @@ from fusion_pass import (
     inductor,
     lower,
     plan,
+    registration,
     rewrite,
     rounding,
     sites,
@@ -323,13 +324,14 @@ SETTINGS = (inductor.PRE_JOINT, inductor.POST_GRAD, inductor.SCHEDULE, inductor.
 
 def state():
     from torch._higher_order_ops.triton_kernel_wrap import triton_kernel_wrapper_mutation
-    from torch._inductor.lowering import needs_realized_inputs
+    from torch._inductor.lowering import lowerings, needs_realized_inputs
 
     defaults = [config._config[name].env_value_default for name in SETTINGS]
     return (
         [getattr(config, name) for name in SETTINGS],
         defaults,
         triton_kernel_wrapper_mutation in needs_realized_inputs,
+        torch.ops.aten._to_copy.default in lowerings,
     )
 
 
@@ -346,6 +348,28 @@ def test_unregister_restores_every_setting(realized, static):
         fusion_pass.unregister()
         assert state() == before
     inductor.realize_kernel_inputs(was)
+
+
+STEPS = [("add_pass", 0), ("add_pass", 2), ("realize_kernel_inputs", 0), ("launch_kernels_statically", 0)]
+
+
+@pytest.mark.parametrize(("name", "successes"), STEPS)
+def test_a_registration_that_fails_changes_nothing(name, successes, monkeypatch):
+    before = state()
+    with monkeypatch.context() as patch:
+        patch.setattr(inductor, name, failing(getattr(inductor, name), successes))
+        with pytest.raises(InjectedError):
+            fusion_pass.register()
+        assert state() == before
+        assert not registration.is_registered()
+        with pytest.raises(InjectedError), fusion_pass.enabled():
+            pass
+        assert state() == before
+        assert not registration.is_registered()
+    fusion_pass.register()
+    assert state() != before
+    fusion_pass.unregister()
+    assert state() == before
 
 
 def seen_by_a_thread():

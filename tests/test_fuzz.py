@@ -38,7 +38,7 @@ def test_random_programs_keep_eagers_bits():
     print(dict(fused))
     # Programs that fuse nothing would test nothing.
     assert fused["programs with a site"] > fused["programs"] / 2
-    assert len(fused) > 40
+    assert len(fused) > min(40, EXAMPLES // 6)
 
 
 def test_every_kind_of_step_can_be_run():
