@@ -50,7 +50,7 @@ import tables
 from progress import Progress
 from sites import differing
 from timing import bandwidth
-from warming import SECONDS_PER_TASK, Warmer, default_processes
+from warming import SECONDS_PER_TASK, Warmer, default_processes, threads_each
 from workloads import Workload, workloads
 
 WITHOUT, WITH = "without", "with"
@@ -391,7 +391,7 @@ class Run:
         self.keys = ordered([(name, mode, arguments.layers) for name in self.makers for mode in arguments.mode])
         self.known = read(arguments.json) if arguments.resume else {}
         self.bytes: dict[str, int] = {}
-        self.warmer = Warmer(arguments.jobs)
+        self.warmer = Warmer(arguments.jobs, threads_each(arguments.jobs))
         self.progress = Progress(sum(key not in self.known for key in self.keys))
 
     @property

@@ -17,17 +17,19 @@ SECONDS_PER_TASK = 60.0
 
 
 class Warmer:
-    """A pool of processes that compile; with no processes it does nothing."""
+    """A pool of processes that compile, each with ``threads`` of Inductor's own; with no processes it does nothing."""
 
-    def __init__(self, processes: int) -> None:
+    def __init__(self, processes: int, threads: int = 1) -> None:
         self.pool: ProcessPoolExecutor | None = None
-        self.processes = processes
+        self.processes, self.threads = processes, threads
         self._start()
 
     def _start(self) -> None:
         if self.processes:
             spawned = multiprocessing.get_context("spawn")
-            self.pool = ProcessPoolExecutor(self.processes, mp_context=spawned, initializer=_alone)
+            self.pool = ProcessPoolExecutor(
+                self.processes, mp_context=spawned, initializer=_alone, initargs=(self.threads,)
+            )
 
     def warm(self, compile_one: Callable[..., None], tasks: Sequence[tuple[Any, ...]]) -> None:
         """Call ``compile_one`` with each task's arguments, and wait; what fails here will fail, and be told, when measured."""
@@ -55,14 +57,19 @@ class Warmer:
             self.pool.shutdown(wait=False, cancel_futures=True)
 
 
+def threads_each(processes: int) -> int:
+    """How many cores each of as many processes has, for tasks of many kernels."""
+    return max(1, (os.cpu_count() or 1) // max(1, processes))
+
+
 def default_processes() -> int:
     return min(8, (os.cpu_count() or 2) // 2)
 
 
-def _alone() -> None:
-    # Each process compiles by itself: pools within the pool would only crowd the cores.
-    os.environ["TORCHINDUCTOR_COMPILE_THREADS"] = "1"
-    torch._inductor.config.compile_threads = 1
+def _alone(threads: int) -> None:
+    # With one, a process compiles by itself: pools of as many as there are cores, within the pool, would only crowd them.
+    os.environ["TORCHINDUCTOR_COMPILE_THREADS"] = str(threads)
+    torch._inductor.config.compile_threads = threads
     # Keys of the compilers' caches name the first module in which pickle finds a layout of torch, which is the script under
     # its second name if it imports torch; the process that measures would look for other keys.
     sys.modules.pop("__mp_main__", None)
