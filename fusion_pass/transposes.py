@@ -24,9 +24,10 @@ def read_in_place(sites: list[FusedSite], values: Values) -> list[FusedSite]:
             if site.quantizer.granularity is Granularity.GROUP:
                 site.x, site.by_columns = matrix, True
         elif _is_plain(site) and shape(site.x) == shape(values.core(site.x)):
-            by_rows[(values.core(site.x), _in_blocks(site))] = site
+            by_rows[(values.core(site.x), shape(site.x)[-1], _in_blocks(site))] = site
     for site, matrix in transposed:
-        pair = by_rows.get((values.core(matrix), _in_blocks(site)))
+        # The same values in rows of another length are another matrix.
+        pair = by_rows.get((values.core(matrix), shape(matrix)[-1], _in_blocks(site)))
         if pair is not None and pair.columns is None:
             pair.spec = dataclasses.replace(pair.spec, quantizer=_in_blocks(pair))
             pair.columns = site

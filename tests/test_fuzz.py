@@ -94,3 +94,11 @@ def test_codes_of_a_transpose_lie_by_rows(steps):
     """Found by fuzzing: plain PyTorch packs the codes of x.t() into a tensor whose strides are those of x.t()."""
     (site,) = check(Program(steps, shape=(64, 96))).fused
     assert site.name.startswith("quant_mxfp4_b")
+
+
+@ON_CPU
+def test_a_matrix_in_rows_of_another_length_is_another():
+    """Found by fuzzing: rows of 64 seen as rows of 32 were joined with the transpose of the latter, in one wrong cast."""
+    steps = (Step("view", spelling=21), Step("blocks", other=2), Step("norm"))
+    report = check(Program(steps, shape=(2, 32, 64), values="integers"))
+    assert sorted(site.name for site in report.fused) == ["quant_mxfp8", "quant_mxfp8_by_columns"]

@@ -47,6 +47,10 @@ def compiled(fn, *tensors, dynamic=False):
         (lambda x: (*mxfp8(x), *spelled.per_token(x.t().contiguous())), ["quant_mxfp8", "quant_per_token"]),
         (lambda x: mxfp8(x[:, :80].t().contiguous()), ["quant_mxfp8"]),
         (lambda x: mxfp8(x.unsqueeze(0).mT.contiguous()), ["quant_mxfp8"]),
+        # The same values in rows of another length are another matrix.
+        (lambda x: both(x.view(-1, 32)), ["quant_mxfp8", "quant_mxfp8_by_columns"]),
+        (lambda x: both(x.view(32, -1)), ["quant_mxfp8", "quant_per_token_ue8m0_bytes"]),
+        (lambda x: (*mxfp8(x), *mxfp8(x.view(-1, 64).t().contiguous())), ["quant_mxfp8", "quant_mxfp8_by_columns"]),
         # Without a copy eager code's own codes are column-major.
         (lambda x: mxfp8(x.permute(1, 0)), []),
     ],
