@@ -24,18 +24,18 @@ from .specs import Granularity
 
 def decline(report: Report, values: Values) -> None:
     """Turn the sites of ``report`` that would lose time into misses of kind ``cost``."""
-    kept = []
-    for site in report.fused:
-        producer = _fused_producer(site, values)
-        if producer is None:
-            kept.append(site)
-            continue
-        reason = (
-            f"only this site reads {producer.name}, which Inductor fuses with it: writing it for the op to read would take"
-            " longer than the op saves (FUSION_PASS_ALWAYS=1 fuses nevertheless)"
-        )
-        report.missed.append(Miss("cost", reason, f"{site.name}: {describe(producer)}", site.location))
-    report.fused[:] = kept
+    report.decline(lambda site: _objection(site, values))
+
+
+def _objection(site: FusedSite, values: Values) -> Miss | None:
+    producer = _fused_producer(site, values)
+    if producer is None:
+        return None
+    reason = (
+        f"only this site reads {producer.name}, which Inductor fuses with it: writing it for the op to read would take"
+        " longer than the op saves (FUSION_PASS_ALWAYS=1 fuses nevertheless)"
+    )
+    return Miss("cost", reason, f"{site.name}: {describe(producer)}", site.location)
 
 
 def _fused_producer(site: FusedSite, values: Values) -> fx.Node | None:

@@ -17,14 +17,12 @@ _CONVERTED = (torch.float8_e4m3fn, torch.float8_e5m2)
 
 def decline(report: Report) -> None:
     """Turn the sites of ``report`` whose kernels the GPU cannot run into misses of kind ``device``."""
-    kept = []
-    for site in report.fused:
-        reason = _lacking(site)
-        if reason is None:
-            kept.append(site)
-        else:
-            report.missed.append(Miss("device", reason, site.name, site.location))
-    report.fused[:] = kept
+    report.decline(_objection)
+
+
+def _objection(site: FusedSite) -> Miss | None:
+    reason = _lacking(site)
+    return None if reason is None else Miss("device", reason, site.name, site.location)
 
 
 def _lacking(site: FusedSite) -> str | None:

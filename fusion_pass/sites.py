@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -130,6 +131,17 @@ class Report:
         self.fused += other.fused
         self.missed += other.missed
         self.eligible += other.eligible
+
+    def decline(self, objection: Callable[[FusedSite], Miss | None]) -> None:
+        """Replace the sites that have an objection by the miss that it is."""
+        kept = []
+        for site in self.fused:
+            miss = objection(site)
+            if miss is None:
+                kept.append(site)
+            else:
+                self.missed.append(miss)
+        self.fused[:] = kept
 
     def __str__(self) -> str:
         served = sum(site.shared_by for site in self.fused)

@@ -14,9 +14,9 @@ from typing import Any
 import torch
 from torch import fx
 from torch.utils import _pytree as pytree
-from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from ..fake_device import copy_module
+from ..inductor import is_traceable_wrapper_subclass
 from ..sites import Report
 from .comparison import Comparison, unequal
 

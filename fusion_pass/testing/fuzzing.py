@@ -8,8 +8,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
+from ..inductor import is_traceable_wrapper_subclass
 from ..sites import Report
 from . import inputs
 from .equivalence import DifferenceError, Graphs, copied, execute, judge

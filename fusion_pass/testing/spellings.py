@@ -10,11 +10,11 @@ from collections.abc import Callable
 import torch
 import torch.nn.functional as F  # noqa: N812
 
+from ..e2m1 import MIDPOINTS
+
 BF16, F16, F32 = torch.bfloat16, torch.float16, torch.float32
 BLOCK = 32
 CODES = (torch.float8_e4m3fn, torch.float8_e4m3fn, torch.float8_e5m2, torch.int8)
-# Between the magnitudes of E2M1: 0, 0.5, 1, 1.5, 2, 3, 4, 6.
-MIDPOINTS = (0.25, 0.75, 1.25, 1.75, 2.5, 3.5, 5.0)
 
 
 def norm(x: torch.Tensor, weight: torch.Tensor, spelling: int, flags: int) -> torch.Tensor:
