@@ -278,7 +278,8 @@ def start_compiler(device: str) -> None:
     small = Workload(lambda x: (x.abs().amax(-1, keepdim=True), x @ x.t()), lambda forward: forward(x), 1)
     # Found in a cache, it would not start Inductor's processes.
     with torch._inductor.config.patch(force_disable_caches=True):
-        for step in compile_both(small, DEFAULT, device).values():
+        # The processes that compile start with the first, and must know from the pass how fused kernels are launched.
+        for step in reversed(compile_both(small, DEFAULT, device).values()):
             step()
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import bisect
 import contextlib
 import importlib
+import os
 from collections.abc import Callable, Iterable, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass
@@ -89,6 +90,7 @@ _LOWERING = "torch._inductor.lowering"
 _COPY = torch.ops.aten._to_copy.default
 _TRITON_NODES = "torch._higher_order_ops.triton_kernel_wrap"
 _STATIC_LAUNCH = "static_launch_user_defined_triton_kernels"
+_STATIC_LAUNCH_VARIABLE = "TORCHINDUCTOR_STATIC_LAUNCH_USER_DEFINED_TRITON_KERNELS"
 
 
 # Whether a pass slot of the config takes several passes: since torch 2.13.
@@ -275,17 +277,25 @@ def lower_copies(wanted: bool) -> bool:
     return before
 
 
-def launch_kernels_statically() -> Previous:
+def launch_kernels_statically() -> tuple[Previous, str | None]:
     """Have Inductor's own fast launcher also launch users' Triton kernels; returns what the setting was.
 
-    Without it a fused kernel costs about 5 µs more of host time than a kernel of Inductor's.
+    Without it a fused kernel costs about 5 µs more of host time than a kernel of Inductor's. The processes that compile decide
+    how their kernels are launched, and know this process's environment when they start, not its configuration.
     """
-    return _change(_STATIC_LAUNCH, lambda _: True)
+    variable = os.environ.get(_STATIC_LAUNCH_VARIABLE)
+    os.environ[_STATIC_LAUNCH_VARIABLE] = "1"
+    return _change(_STATIC_LAUNCH, lambda _: True), variable
 
 
-def restore_launches(before: Previous) -> None:
+def restore_launches(before: tuple[Previous, str | None]) -> None:
     """Undo :func:`launch_kernels_statically`."""
-    _write(_STATIC_LAUNCH, before)
+    setting, variable = before
+    _write(_STATIC_LAUNCH, setting)
+    if variable is None:
+        os.environ.pop(_STATIC_LAUNCH_VARIABLE, None)
+    else:
+        os.environ[_STATIC_LAUNCH_VARIABLE] = variable
 
 
 def sort_topologically(graph: fx.Graph) -> None:

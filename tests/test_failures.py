@@ -1,6 +1,7 @@
 """The pass may fail anywhere: the graph is as it was, compiling goes on, and a warning says where; strict raises."""
 
 import itertools
+import os
 import re
 import threading
 
@@ -332,6 +333,7 @@ def state():
         defaults,
         triton_kernel_wrapper_mutation in needs_realized_inputs,
         torch.ops.aten._to_copy.default in lowerings,
+        os.environ.get(inductor._STATIC_LAUNCH_VARIABLE),
     )
 
 

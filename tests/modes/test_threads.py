@@ -1,5 +1,8 @@
 """Graphs compiled by other threads than the one that registered."""
 
+import os
+import subprocess
+import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
 
@@ -80,3 +83,21 @@ def test_scopes_of_two_threads_overlap(device, fused):
         other.submit(scope.__exit__, None, None, None).result()
     assert fused() == {"rms_norm_per_token": 1}
     assert in_a_thread(getattr, config, inductor.POST_GRAD) is None
+
+
+PROCESS = """
+import fusion_pass
+from torch._inductor.async_compile import AsyncCompile
+
+fusion_pass.register()
+asked = "__import__('torch._inductor.config')._inductor.config.static_launch_user_defined_triton_kernels"
+print("static:", AsyncCompile.process_pool().submit(eval, asked).result())
+"""
+
+
+def test_processes_that_compile_choose_the_fast_launcher():
+    """They decide how a kernel is launched, and do not see the configuration of the process that registered."""
+    environment = {**os.environ, "TORCHINDUCTOR_COMPILE_THREADS": "2"}
+    environment.pop(inductor._STATIC_LAUNCH_VARIABLE, None)
+    ran = subprocess.run([sys.executable, "-c", PROCESS], env=environment, capture_output=True, text=True, check=False)
+    assert "static: True" in ran.stdout, ran.stderr
