@@ -31,6 +31,8 @@ class UnsupportedTorchError(RuntimeError):
 
 try:
     from torch._C import parse_schema
+    from torch._dispatch.python import enable_python_dispatcher
+    from torch._dynamo import mark_static
     from torch._dynamo.utils import counters
     from torch._inductor import config, custom_graph_pass
     from torch._inductor.custom_graph_pass import CustomGraphPass
@@ -38,6 +40,7 @@ try:
     from torch._logging._internal import trace_log, trace_structured
     from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
     from torch.fx.experimental.proxy_tensor import make_fx
+    from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StatelessSymbolicContext, is_concrete_int
     from torch.fx.experimental.symbolic_shapes import guard_or_false as known
     from torch.utils._config_module import _UNSET_SENTINEL as _UNSET
     from torch.utils._python_dispatch import _disable_current_modes, is_traceable_wrapper_subclass
@@ -64,11 +67,13 @@ __all__ = [
     "fake_mode_of",
     "float_inputs",
     "functional_launch",
+    "is_concrete_int",
     "is_traceable_wrapper_subclass",
     "known",
     "launch_kernels_statically",
     "lower_copies",
     "make_fx",
+    "mark_static",
     "parse_schema",
     "real_tensors",
     "realize_kernel_inputs",
@@ -79,6 +84,7 @@ __all__ = [
     "spread_schedule",
     "stored_number",
     "stored_tensor",
+    "trace",
     "trace_log",
     "trace_structured",
 ]
@@ -400,6 +406,32 @@ def request_constants(floats: Iterable[FloatInput]) -> Exception:
     for needed in floats:
         _private("torch._dynamo.symbolic_convert", "TensorifyState").specialize(needed.symbol)
     return restart  # type: ignore[no-any-return]
+
+
+def trace(
+    fn: Callable[..., Any], args: Sequence[torch.Tensor], kept: Iterable[Any] = (), dynamic: bool = False
+) -> fx.GraphModule:
+    """A functional graph of ``fn``, traced without Dynamo; Inductor's decompositions apply but to the ops ``kept``.
+
+    With ``dynamic``, sizes are symbols but for each tensor's last, since kernels take rows of a static length.
+    """
+    table = dict(_private("torch._inductor.decomposition", "select_decomp_table")())
+    for op in kept:
+        table.pop(op, None)
+    functional = torch.func.functionalize(lambda *a: fn(*a))
+    if dynamic:
+        mode = FakeTensorMode(shape_env=ShapeEnv(), allow_non_fake_inputs=True)
+        with enable_python_dispatcher(), mode:
+            traced = make_fx(functional, decomposition_table=table)(*(_symbolic(mode, a) for a in args))
+    else:
+        traced = make_fx(functional, decomposition_table=table, tracing_mode="fake")(*args)
+    traced.graph.eliminate_dead_code()
+    return traced  # type: ignore[no-any-return]
+
+
+def _symbolic(mode: FakeTensorMode, tensor: torch.Tensor) -> torch.Tensor:
+    sizes = [*[DimDynamic.DUCK] * (tensor.dim() - 1), DimDynamic.STATIC]
+    return mode.from_tensor(tensor, symbolic_context=StatelessSymbolicContext(dynamic_sizes=sizes))
 
 
 def compile_without_joint_passes(

@@ -32,8 +32,8 @@ def private_names(source):
 @pytest.mark.parametrize("folder", FOLDERS)
 def test_only_one_file_uses_private_apis(folder):
     used = {
-        path.name: sorted(set(private_names(path.read_text())))
-        for path in (ROOT / folder).glob("*.py")
+        str(path.relative_to(ROOT)): sorted(set(private_names(path.read_text())))
+        for path in (ROOT / folder).rglob("*.py")
         if path.name != "inductor.py"
     }
     assert {name: names for name, names in used.items() if names} == {}

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cache
 from typing import Any
 
 import torch
@@ -16,13 +15,15 @@ from torch import fx
 from torch.utils import _pytree as pytree
 
 from ..fake_device import copy_module
-from ..inductor import is_traceable_wrapper_subclass
+from ..inductor import is_concrete_int, is_traceable_wrapper_subclass, mark_static, trace
 from ..sites import Report
 from .comparison import Comparison, unequal
 
 # Of codes, where the sums of squares of a norm are added up in another order; and how far floats then are apart.
 _REORDERED_CODES = 1e-3
 _REORDERED_EPS = 4
+# A CPU computes silu in one kernel other than its decomposition does: that is not the pass's doing.
+_KEPT = (torch.ops.aten.silu.default,)
 
 
 class DifferenceError(AssertionError):
@@ -160,7 +161,7 @@ class Graphs:
         self.after: list[str] = []
         self.kernels = False
         # Each is compiled anew for every shape it meets, and after so many times no more: not at all, silently.
-        torch._dynamo.reset()
+        torch.compiler.reset()
         self._fused = torch.compile(fn, backend=self._backend(fuse=True), dynamic=dynamic)
         self._unfused = torch.compile(fn, backend=self._backend(fuse=False), dynamic=dynamic)
 
@@ -208,7 +209,7 @@ class Graphs:
 
 def _with_static_rows(value: Any) -> Any:
     if isinstance(value, torch.Tensor) and value.dim() and not is_traceable_wrapper_subclass(value):
-        torch._dynamo.mark_static(value, value.dim() - 1)  # type: ignore[no-untyped-call]
+        mark_static(value, value.dim() - 1)
     return value
 
 
@@ -222,7 +223,7 @@ def check_traced(fn: Callable[..., Any], args: Sequence[torch.Tensor], *, dynami
     """
     from .. import graph_pass, ops
 
-    traced = _traced(fn, args, dynamic)
+    traced = trace(fn, args, _KEPT, dynamic)
     plain = copy_module(traced)
     report = graph_pass.run(traced.graph, ("cpu",))
     _raise_failures(report)
@@ -239,8 +240,6 @@ def check_traced(fn: Callable[..., Any], args: Sequence[torch.Tensor], *, dynami
 
 def _larger(args: Sequence[torch.Tensor], traced: fx.GraphModule) -> list[tuple[torch.Tensor, ...]]:
     """The arguments with one more leading index, if the graph takes them."""
-    from torch.fx.experimental.symbolic_shapes import is_concrete_int
-
     size = args[0].shape[0]
     if args[0].dim() < 2 or size < 2:
         return []
@@ -256,44 +255,6 @@ def _larger(args: Sequence[torch.Tensor], traced: fx.GraphModule) -> list[tuple[
     except (RuntimeError, AssertionError):
         return []
     return [tuple(larger)]
-
-
-def _traced(fn: Callable[..., Any], args: Sequence[torch.Tensor], dynamic: bool) -> fx.GraphModule:
-    from torch._dispatch.python import enable_python_dispatcher
-    from torch.func import functionalize
-    from torch.fx.experimental.proxy_tensor import make_fx
-
-    functional = functionalize(lambda *a: fn(*a))
-    decompositions = _decompositions()
-    if dynamic:
-        mode, symbolic = _symbolic(args)
-        with enable_python_dispatcher(), mode:
-            traced = make_fx(functional, decomposition_table=decompositions, tracing_mode="real")(*symbolic)
-    else:
-        traced = make_fx(functional, decomposition_table=decompositions, tracing_mode="fake")(*args)
-    traced.graph.eliminate_dead_code()
-    return traced  # type: ignore[no-any-return]
-
-
-def _symbolic(args: Sequence[torch.Tensor]) -> tuple[Any, list[torch.Tensor]]:
-    """A fake mode and twins whose sizes are symbols, but for the last: kernels take rows of a static length."""
-    from torch._subclasses.fake_tensor import FakeTensorMode
-    from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StatelessSymbolicContext
-
-    mode = FakeTensorMode(shape_env=ShapeEnv(), allow_non_fake_inputs=True)
-    twins: list[torch.Tensor] = []
-    for a in args:
-        sizes = [*[DimDynamic.DUCK] * (a.dim() - 1), DimDynamic.STATIC]
-        twins.append(mode.from_tensor(a, symbolic_context=StatelessSymbolicContext(dynamic_sizes=sizes)))
-    return mode, twins
-
-
-@cache
-def _decompositions() -> dict[Any, Callable[..., Any]]:
-    from torch._inductor.decomposition import select_decomp_table
-
-    # A CPU computes silu in one kernel other than its decomposition does: that is not the pass's doing.
-    return {op: f for op, f in select_decomp_table().items() if op is not torch.ops.aten.silu.default}
 
 
 def _raise_failures(report: Report) -> None:
