@@ -81,8 +81,10 @@ def mx_scaled(x: torch.Tensor, largest: float) -> tuple[torch.Tensor, torch.Tens
     """Blocks of 32 values scaled to codes that reach ``largest``, and their E8M0 bytes by the RCEIL rule, as in torchao."""
     grouped = x.unflatten(-1, (-1, 32)).float()
     scale = grouped.abs().amax(-1, keepdim=True) / largest
-    exponent = (torch.clamp(torch.ceil(torch.log2(scale)), -127, 127) + 127).to(torch.uint8)
+    finite = (torch.clamp(torch.ceil(torch.log2(scale)), -127, 127) + 127).to(torch.uint8)
+    exponent = torch.where(scale.isnan(), 255, torch.where(scale.isinf(), 254, finite))
     multiplier = torch.where(exponent == 0, 1.0, torch.exp2(127 - exponent.to(torch.float32)))
+    multiplier = torch.where(exponent == 255, scale, torch.where(exponent == 254, 2.0**-127, multiplier))
     return torch.clamp(grouped * multiplier, min=-largest, max=largest).flatten(-2), exponent.squeeze(-1)
 
 
@@ -97,7 +99,7 @@ def mxfp4(x: torch.Tensor, given: torch.Tensor) -> tuple[torch.Tensor, torch.Ten
     magnitude = scaled.abs()
     bits = magnitude.view(torch.int32)
     # Half of the last place that stays, less one, and the last bit that stays: a carry rounds halves to even.
-    normal = (bits + 0x1FFFFF + (bits >> 22 & 1) >> 22) - 252
+    normal = bits - 0x3F000000 + 0x1FFFFF + (bits >> 22 & 1) >> 22
     # The float 2^22 counts in halves, which addition rounds to.
     subnormal = (magnitude + 2.0**22).view(torch.int32) - 0x4A800000
     sign = scaled.view(torch.int32) >> 28 & 8

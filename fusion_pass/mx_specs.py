@@ -113,7 +113,7 @@ def mx_quantizer(
     return Quantizer(
         code=code,
         factor=_factor(byte, multiplier),
-        divides=multiplier is Multiplier.DIVISION,
+        divides=False,
         scale=Term("u8", (byte,)),
         scale_dtype=torch.uint8,
         granularity=Granularity.GROUP,
@@ -155,13 +155,14 @@ def _byte(element: Element, mode: ScaleMode, zero_byte: int, infinity_byte: int 
 
 
 def _factor(byte: Term, multiplier: Multiplier) -> Term:
-    if multiplier is Multiplier.DIVISION:
-        return Term("max", (Term("from_bits", (Term("shl", (byte, 23)),)), 2.0**-126))
     # For byte 254 it is 2^-127, a subnormal.
     bits = Term("max", (Term("shl", (Term("sub", (254, byte)), 23)), 0x00400000))
+    if multiplier is Multiplier.DIVISION:
+        bits = Term("min", (bits, 253 << 23))
     if multiplier is Multiplier.UNIT:
         bits = Term("where", (Term("eq", (byte, 0)), 0x3F800000, bits))
-    return Term("from_bits", (Term("where", (Term("eq", (byte, _NAN_BYTE)), 0x7FC00000, bits)),))
+    of_nan = 0 if multiplier is Multiplier.DIVISION else 0x7FC00000
+    return Term("from_bits", (Term("where", (Term("eq", (byte, _NAN_BYTE)), of_nan, bits)),))
 
 
 class GlobalScale(enum.Enum):

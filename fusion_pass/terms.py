@@ -232,7 +232,7 @@ def _are_bits_of_power_of_two(operand: Operand) -> bool:
     if not isinstance(operand, Term):
         bits = int(operand)
         exponent, mantissa = bits >> 23, bits & 0x7FFFFF
-        return exponent == 255 or (mantissa.bit_count() == 1 if exponent == 0 else mantissa == 0)
+        return exponent == 255 or (mantissa.bit_count() <= 1 if exponent == 0 else mantissa == 0)
     if operand.op == "shl":
         return operand.args[1] == 23
     if operand.op in ("max", "min"):

@@ -527,54 +527,52 @@ def pack_nibbles(low, high):
 if INTERPRETED:
 
     @triton.jit
-    def e2m1_nearest_even(low, high):
-        return pack_nibbles(e2m1_code(low, "even", "kept", 7), e2m1_code(high, "even", "kept", 7))
+    def e2m1_nearest_even(low, high, NAN_CODE: tl.constexpr):
+        return pack_nibbles(e2m1_code(low, "even", "kept", NAN_CODE), e2m1_code(high, "even", "kept", NAN_CODE))
 
 else:
 
     @triton.jit
-    def e2m1_nearest_even(low, high):
-        """Bytes of the E2M1 values next to two f32 tiles, halves to even, signs kept; a NaN of arithmetic, positive, is 7.
+    def e2m1_magnitude(v, NAN_CODE: tl.constexpr):
+        """The code next to |v|, halves to even, in the low bits of an int32.
 
         A code is the integer next to the least of 2v, v + 2 and v / 2 + 4, at most 7: these lines meet where the step between
-        E2M1 values doubles. A float32 sum of 2^23 or more is rounded to an integer, and orders as its bits.
+        E2M1 values doubles. A float32 sum of 2^23 or more is rounded to an integer, and orders as its bits: NaN above all,
+        unless a maximum with what the third line is at least takes its place.
         """
+        tl.static_assert(NAN_CODE == 7 or NAN_CODE == 4)
+        KEEP: tl.constexpr = "" if NAN_CODE == 7 else "max.f32 c, c, 0f4B000004;"
         return tl.inline_asm_elementwise(
             """
             {
                 .reg .f32 v;
-                .reg .b32 a, b, c, l, h, s;
+                .reg .b32 a, b, c;
                 abs.f32 v, $1;
                 fma.rn.f32 a, v, 0f40000000, 0f4B000000;
                 add.rn.f32 b, v, 0f4B000002;
                 fma.rn.f32 c, v, 0f3F000000, 0f4B000004;
+            """
+            + KEEP
+            + """
                 min.s32 a, a, b;
                 min.s32 a, a, c;
-                min.s32 l, a, 0x4B000007;
-                abs.f32 v, $2;
-                fma.rn.f32 a, v, 0f40000000, 0f4B000000;
-                add.rn.f32 b, v, 0f4B000002;
-                fma.rn.f32 c, v, 0f3F000000, 0f4B000004;
-                min.s32 a, a, b;
-                min.s32 a, a, c;
-                min.s32 h, a, 0x4B000007;
-                mad.lo.s32 l, h, 16, l;
-                mov.b32 s, $1;
-                shr.u32 s, s, 28;
-                and.b32 s, s, 8;
-                or.b32 l, l, s;
-                mov.b32 s, $2;
-                shr.u32 s, s, 24;
-                and.b32 s, s, 0x80;
-                or.b32 $0, l, s;
+                min.s32 $0, a, 0x4B000007;
             }
             """,
-            "=r,f,f",
-            [low, high],
+            "=r,f",
+            [v],
             tl.int32,
             is_pure=True,
             pack=1,
-        ).to(tl.uint8)
+        )
+
+    @triton.jit
+    def e2m1_nearest_even(low, high, NAN_CODE: tl.constexpr):
+        """Bytes of the E2M1 values next to two f32 tiles, halves to even, signs kept; NAN_CODE for a positive NaN."""
+        pair = e2m1_magnitude(high, NAN_CODE) * 16 + e2m1_magnitude(low, NAN_CODE)
+        low_sign = (low.to(tl.uint32, bitcast=True) >> 28) & 8
+        high_sign = (high.to(tl.uint32, bitcast=True) >> 24) & 0x80
+        return (pair | low_sign.to(tl.int32) | high_sign.to(tl.int32)).to(tl.uint8)
 
 
 @triton.jit
@@ -584,8 +582,8 @@ def e2m1_bytes(v, CODES: tl.constexpr):
     SIGN: tl.constexpr = named(CODES, "sign")
     NAN_CODE: tl.constexpr = named(CODES, "nan_code")
     low, high = tl.split(tl.reshape(v, (v.shape[0], v.shape[1], v.shape[2] // 2, 2)))
-    if TIES == "even" and SIGN == "kept" and NAN_CODE == 7:
-        code = e2m1_nearest_even(low, high)
+    if TIES == "even" and SIGN == "kept" and (NAN_CODE == 7 or NAN_CODE == 4):
+        code = e2m1_nearest_even(low, high, NAN_CODE)
     else:
         code = pack_nibbles(e2m1_code(low, TIES, SIGN, NAN_CODE), e2m1_code(high, TIES, SIGN, NAN_CODE))
     return code

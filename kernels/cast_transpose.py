@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -12,12 +13,15 @@ import triton
 import triton.language as tl
 
 from fusion_pass.cast_transpose import BlockScales, CastTransposeSpec, Placement
+from fusion_pass.eager import overflow_code
 from fusion_pass.layouts import pack_blocked, pack_mfma_shuffled, pack_mx_shuffled
 from fusion_pass.specs import FusedSpec, NoPrologue, Quantizer, Rounding, Sign, Ties
+from fusion_pass.terms import is_power_of_two
 
 from .arithmetic import amax, cast, named, widened
+from .cheaper_scales import cheaper
 from .fused_quant import load, quantized
-from .launch import as_codes, multiplies_by_power_of_two, quantizer_constants, rows_of, storable
+from .launch import as_codes, quantizer_constants, rows_of, storable
 from .packed_cast_transpose import BLOCK, TILE_COLUMNS, TILE_ROWS, WARPS, packed_cast_transpose_kernel
 from .placement import block_scale_address, code_address
 from .reference import reference
@@ -135,6 +139,7 @@ def launch_into_buffers(
 ) -> list[torch.Tensor]:
     """As :func:`launch`, returning the buffers the kernel wrote; ``wrap`` is applied to it before the launch."""
     row = x.shape[-1]
+    spec = replace(spec, quantizer=cheaper(spec.quantizer, x.dtype))
     x, stride = rows_of(x)
     outputs = [storable(out) if i % 2 == 0 else out for i, out in enumerate(spec.allocate(x))]
     count = x.numel() // row
@@ -177,14 +182,18 @@ def packs(spec: CastTransposeSpec, dtype: torch.dtype) -> bool:
     if spec.rowwise is None or spec.columnwise is None or dtype is not torch.bfloat16 or quantizer.group != BLOCK:
         return False
     rounded = quantizer.rounding is not Rounding.CAST or quantizer.quotient is not torch.float32
-    if rounded or quantizer.adds_zero or quantizer.clamp_low is not None or not multiplies_by_power_of_two(quantizer):
+    if rounded or quantizer.adds_zero or quantizer.clamp_low is not None:
+        return False
+    if quantizer.divides or not is_power_of_two(quantizer.factor):
         return False
     e2m1 = quantizer.e2m1
     if e2m1 is None:
         known = quantizer.code in (torch.float8_e4m3fn, torch.float8_e5m2)
-        return known and quantizer.clamp == torch.finfo(quantizer.code).max
+        # Casts saturate, here always.
+        saturates = quantizer.clamp is None and overflow_code(quantizer.code) is None
+        return known and (saturates or quantizer.clamp == torch.finfo(quantizer.code).max)
     if e2m1.ties is Ties.EVEN:
-        as_computed = e2m1.sign is Sign.KEPT and e2m1.nan_code == 7
+        as_computed = e2m1.sign is Sign.KEPT and e2m1.nan_code in (4, 7)
     else:
         as_computed = e2m1.sign in (Sign.KEPT, Sign.NEGATIVE) and e2m1.nan_code in (0, 7)
     # Codes saturate at 6 whether or not values are clamped.

@@ -27,9 +27,10 @@ from fusion_pass.specs import (
     ScaleLayout,
     Weight,
 )
-from fusion_pass.terms import Term, bounds, is_power_of_two
+from fusion_pass.terms import bounds
 
 from .arithmetic import INTERPRETED
+from .cheaper_scales import with_cheaper_scales
 from .fused_quant import fused_quant_kernel
 from .scale_program import program
 
@@ -200,6 +201,7 @@ def launch_into_buffers(
 ) -> list[torch.Tensor]:
     """As :func:`launch`, returning the buffers it allocated; ``wrap`` is applied to a kernel before each launch."""
     row = x.shape[-1]
+    spec = with_cheaper_scales(spec, x.dtype)
     x, x_stride = rows_of(x)
     other, other_stride = (None, None) if other is None else rows_of(other)
     outputs = _buffers(spec, x)
@@ -345,16 +347,6 @@ def _ordinary(quantizer: Quantizer) -> bool:
     return least >= 2.0**-80 and most <= 2.0**126
 
 
-def _has_exact_reciprocal(quantizer: Quantizer) -> bool:
-    """Whether dividing is multiplying: the divisor is a power of two whose reciprocal float32 holds, infinite or NaN."""
-    return quantizer.divides and is_power_of_two(quantizer.factor) and bounds(quantizer.factor)[0] >= 2.0**-126
-
-
-def multiplies_by_power_of_two(quantizer: Quantizer) -> bool:
-    """Whether codes are those of products with powers of two."""
-    return is_power_of_two(quantizer.factor) and (not quantizer.divides or _has_exact_reciprocal(quantizer))
-
-
 def _overflow(quantizer: Quantizer) -> int | None:
     """The code of a value too large for the dtype, or None where no value is or the cast saturates."""
     if quantizer.code not in _LARGEST or (quantizer.clamp is not None and quantizer.clamp <= _LARGEST[quantizer.code]):
@@ -405,10 +397,8 @@ def _prologue_constants(spec: FusedSpec) -> dict[str, Any]:
 @cache
 def quantizer_constants(quantizer: Quantizer) -> dict[str, Any]:
     """The compile-time arguments that follow from the quantizer alone."""
-    by_reciprocal = _has_exact_reciprocal(quantizer)
-    factor = Term("reciprocal", (quantizer.factor,)) if by_reciprocal else quantizer.factor
     codes = {
-        "divides": quantizer.divides and not by_reciprocal,
+        "divides": quantizer.divides,
         "ordinary": _ordinary(quantizer),
         "quotient_rounding": DTYPE_NAMES[quantizer.quotient],
         "whole": None if quantizer.rounding is Rounding.CAST else quantizer.rounding.value,
@@ -421,4 +411,4 @@ def quantizer_constants(quantizer: Quantizer) -> dict[str, Any]:
         "sign": None if quantizer.e2m1 is None else quantizer.e2m1.sign.value,
         "nan_code": None if quantizer.e2m1 is None else quantizer.e2m1.nan_code,
     }
-    return {"PROGRAM": program(factor, quantizer.scale), "CODES": json.dumps(codes)}
+    return {"PROGRAM": program(quantizer.factor, quantizer.scale), "CODES": json.dumps(codes)}

@@ -94,25 +94,15 @@ else:
     @triton.jit
     def fp8_pair(first, second, dtype: tl.constexpr):
         """The codes of two f32 tiles, the first in the low byte; PTX takes the one for the high byte first."""
-        if dtype == tl.float8e4nv:
-            code = tl.inline_asm_elementwise(
-                "{ .reg .b16 c; cvt.rn.satfinite.e4m3x2.f32 c, $2, $1; cvt.u32.u16 $0, c; }",
-                "=r,f,f",
-                [first, second],
-                tl.int32,
-                is_pure=True,
-                pack=1,
-            )
-        else:
-            code = tl.inline_asm_elementwise(
-                "{ .reg .b16 c; cvt.rn.satfinite.e5m2x2.f32 c, $2, $1; cvt.u32.u16 $0, c; }",
-                "=r,f,f",
-                [first, second],
-                tl.int32,
-                is_pure=True,
-                pack=1,
-            )
-        return code
+        FORMAT: tl.constexpr = "e4m3x2" if dtype == tl.float8e4nv else "e5m2x2"
+        return tl.inline_asm_elementwise(
+            "{ .reg .b16 c; cvt.rn.satfinite." + FORMAT + ".f32 c, $2, $1; cvt.u32.u16 $0, c; }",
+            "=r,f,f",
+            [first, second],
+            tl.int32,
+            is_pure=True,
+            pack=1,
+        )
 
     @triton.jit
     def e2m1_pair(pair, first, second, CODES: tl.constexpr):
@@ -127,7 +117,9 @@ else:
         SIGN: tl.constexpr = named(CODES, "sign")
         NAN_CODE: tl.constexpr = named(CODES, "nan_code")
         if TIES == "even":
-            tl.static_assert(SIGN == "kept" and NAN_CODE == 7)
+            tl.static_assert(SIGN == "kept" and (NAN_CODE == 7 or NAN_CODE == 4))
+            # The third line is at least 4, which a maximum gives in place of NaN.
+            KEEP: tl.constexpr = "" if NAN_CODE == 7 else "max.bf16x2 c, c, l;"
             factors = ((first.to(tl.int32, bitcast=True) >> 16) & 0xFFFF) | (second.to(tl.int32, bitcast=True) & -65536)
             code = tl.inline_asm_elementwise(
                 """
@@ -145,6 +137,9 @@ else:
                     mov.b32 k, 0x3f003f00;
                     mov.b32 l, 0x43044304;
                     fma.rn.bf16x2 c, m, k, l;
+                """
+                + KEEP
+                + """
                     mov.b32 k, 0x43074307;
                     min.bf16x2 a, a, b;
                     min.bf16x2 c, c, k;
@@ -172,43 +167,27 @@ else:
             value = tl.inline_asm_elementwise(
                 "cvt.rn.f16x2.f32 $0, $2, $1;", "=r,f,f", [a, b], tl.int32, is_pure=True, pack=1
             )
-            if NAN_CODE == 0:
-                bits = tl.inline_asm_elementwise(
-                    """
-                    {
-                        .reg .b32 m, k;
-                        and.b32 m, $1, 0x7fff7fff;
-                        mov.b32 k, 0x04000400;
-                        mul.rn.f16x2 m, m, k;
-                        mov.b32 k, 0x0e000e00;
-                        min.NaN.f16x2 $0, m, k;
-                    }
-                    """,
-                    "=r,r",
-                    [value],
-                    tl.int32,
-                    is_pure=True,
-                    pack=1,
-                )
-            else:
-                tl.static_assert(NAN_CODE == 7)
-                bits = tl.inline_asm_elementwise(
-                    """
-                    {
-                        .reg .b32 m, k;
-                        and.b32 m, $1, 0x7fff7fff;
-                        mov.b32 k, 0x04000400;
-                        mul.rn.f16x2 m, m, k;
-                        mov.b32 k, 0x0e000e00;
-                        min.f16x2 $0, m, k;
-                    }
-                    """,
-                    "=r,r",
-                    [value],
-                    tl.int32,
-                    is_pure=True,
-                    pack=1,
-                )
+            tl.static_assert(NAN_CODE == 7 or NAN_CODE == 0)
+            MINIMUM: tl.constexpr = "min.f16x2" if NAN_CODE == 7 else "min.NaN.f16x2"
+            bits = tl.inline_asm_elementwise(
+                """
+                {
+                    .reg .b32 m, k;
+                    and.b32 m, $1, 0x7fff7fff;
+                    mov.b32 k, 0x04000400;
+                    mul.rn.f16x2 m, m, k;
+                    mov.b32 k, 0x0e000e00;
+                """
+                + MINIMUM
+                + """ $0, m, k;
+                }
+                """,
+                "=r,r",
+                [value],
+                tl.int32,
+                is_pure=True,
+                pack=1,
+            )
             code = (((bits + HALF) >> 9) & 0x00070007) | ((value >> 12) & 0x00080008)
         return code
 

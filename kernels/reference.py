@@ -199,8 +199,17 @@ _OPERATIONS: dict[str, Callable[..., torch.Tensor]] = {
 }
 
 
-def evaluate(operand: Operand, leaves: Mapping[str, torch.Tensor | None], like: str = "f32") -> torch.Tensor:
-    """What a term is worth, from its leaves; a number as a tensor of the type ``like``."""
+def evaluate(
+    operand: Operand,
+    leaves: Mapping[str, torch.Tensor | None],
+    like: str = "f32",
+    known: dict[Term, torch.Tensor] | None = None,
+) -> torch.Tensor:
+    """What a term is worth, from its leaves; a number as a tensor of the type ``like``.
+
+    Terms that occur several times are evaluated once; ``known`` has those of a call before with the same leaves.
+    """
+    known = {} if known is None else known
     if not isinstance(operand, Term):
         device = next(leaf.device for leaf in leaves.values() if leaf is not None)
         return torch.full((), operand, dtype=_DTYPES[like], device=device)
@@ -208,12 +217,17 @@ def evaluate(operand: Operand, leaves: Mapping[str, torch.Tensor | None], like: 
         leaf = leaves[operand.op]
         assert leaf is not None
         return leaf
-    like = next((k for k in map(kind, operand.args) if k not in ("number", "bool")), "f32")
-    values = [evaluate(a, leaves, like) for a in operand.args]
-    if operand.op in ("bf16", "f16"):
-        return _round(values[0], _DTYPES[operand.op])
-    if operand.op == "e4m3fn":
+    if operand not in known:
+        like = next((k for k in map(kind, operand.args) if k not in ("number", "bool")), "f32")
+        known[operand] = _operation(operand.op, [evaluate(a, leaves, like, known) for a in operand.args])
+    return known[operand]
+
+
+def _operation(op: str, values: list[torch.Tensor]) -> torch.Tensor:
+    if op in ("bf16", "f16"):
+        return _round(values[0], _DTYPES[op])
+    if op == "e4m3fn":
         return _round(values[0].clamp(-448.0, 448.0), torch.float8_e4m3fn)
-    if operand.op in _DTYPES:
-        return values[0].to(_DTYPES[operand.op])
-    return _OPERATIONS[operand.op](*values)
+    if op in _DTYPES:
+        return values[0].to(_DTYPES[op])
+    return _OPERATIONS[op](*values)

@@ -204,8 +204,13 @@ def _product(a: Range, b: Range) -> Range:
 
 def _bounded(a: Range, low: Range | None = None, high: Range | None = None) -> Range:
     if low is not None:
-        a = _each(torch.maximum, a, low)
-    return a if high is None else _each(torch.minimum, a, high)
+        a = _each(_unless_nan(torch.maximum), a, low)
+    return a if high is None else _each(_unless_nan(torch.minimum), a, high)
+
+
+def _unless_nan(extreme: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+    """The maximum or the minimum of two tensors, but a NaN of the first with its bits: so clamp and CUDA's maximum."""
+    return lambda a, b: torch.where(a.isnan(), a, extreme(a, b))
 
 
 def _masked(a: Range, b: Range) -> Range:

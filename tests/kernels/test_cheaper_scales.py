@@ -1,0 +1,121 @@
+"""Cheaper terms for scales are worth what those that were written are, for every 16-bit amax."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from fusion_pass.kernels.cheaper_scales import cheaper, with_cheaper_scales
+from fusion_pass.kernels.reference import evaluate
+from fusion_pass.kernels.scale_program import program
+
+from fusion_pass.mx_specs import Multiplier, ScaleMode, mx_quantizer
+from fusion_pass.specs import FusedSpec, GatedActivation, NoPrologue, PowerOfTwo, Quantizer, QuotientRule, RMSNorm
+from fusion_pass.terms import parse
+
+BF16, F16, F32 = torch.bfloat16, torch.float16, torch.float32
+FP4 = torch.float4_e2m1fn_x2
+
+
+def rceil(divisor, least=-127, infinite=254):
+    """torchao's RCEIL, which takes the logarithm of amax over the largest code."""
+    s = f"(amax * {torch.tensor(divisor).reciprocal().item()!r})"
+    exponent = f"u8(min(max(ceil(log2({s})), {least}.0), 127.0) + 127.0)"
+    byte = f"where(isnan({s}), 255, where(isinf({s}), {infinite}, {exponent}))"
+    power = f"exp2(127.0 - f32({byte}))"
+    guarded = f"where(eq({byte}, 254), 5.877471754111438e-39, where(eq({byte}, 0), 1.0, {power}))"
+    return byte, f"where(eq({byte}, 255), {s}, {guarded})"
+
+
+def floor(power):
+    """torchao's FLOOR, which divides by the scale."""
+    byte = (
+        f"where(isnan(amax), 255, u8(min(max((bit_and(shr(bits(amax), 23), 255) - 127) - {power}, -127), 128) + 127))"
+    )
+    return byte, f"max(from_bits(shl({byte}, 23)), 1.1754943508222875e-38)"
+
+
+def written(code, byte, factor, divides=False):
+    return replace(mx_quantizer(code), scale=parse(byte), factor=parse(factor), divides=divides)
+
+
+RCEIL = written(torch.float8_e4m3fn, *rceil(448.0))
+RULES = {
+    "rceil of e4m3": (RCEIL, ScaleMode.RCEIL, Multiplier.UNIT),
+    "rceil of e5m2": (written(torch.float8_e5m2, *rceil(57344.0)), ScaleMode.RCEIL, Multiplier.UNIT),
+    "rceil of e2m1": (written(FP4, *rceil(6.0)), ScaleMode.RCEIL, Multiplier.UNIT),
+    "floor of e4m3": (written(torch.float8_e4m3fn, *floor(8), divides=True), ScaleMode.FLOOR, Multiplier.DIVISION),
+    "floor of e2m1": (written(FP4, *floor(2), divides=True), ScaleMode.FLOOR, Multiplier.DIVISION),
+}
+
+
+def every_amax(dtype, device):
+    amaxes = torch.arange(32768, dtype=torch.int16, device=device).view(dtype).float()
+    return {"amax": torch.cat([amaxes[~amaxes.isnan()], amaxes.new_full((1,), torch.nan)])}
+
+
+def assert_same(quantizer, other, dtype, device):
+    """By the device's own logarithms."""
+    leaves = every_amax(dtype, device)
+    multiplier = evaluate(quantizer.factor, leaves)
+    multiplier = multiplier.reciprocal() if quantizer.divides and not other.divides else multiplier
+    for wanted, term in ((multiplier, other.factor), (evaluate(quantizer.scale, leaves), other.scale)):
+        torch.testing.assert_close(evaluate(term, leaves).float(), wanted.float(), rtol=0, atol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize("dtype", [BF16, F16], ids=["bf16", "f16"])
+@pytest.mark.parametrize("rule", RULES)
+def test_rules_of_mx(rule, dtype, device):
+    quantizer, mode, multiplier = RULES[rule]
+    found = cheaper(quantizer, dtype)
+    known = mx_quantizer(quantizer.code, mode, multiplier=multiplier)
+    assert not found.divides
+    # float16 has no values near the ends of the bytes, where multipliers differ.
+    assert dtype is F16 or (found.factor, found.scale) == (known.factor, known.scale)
+    assert "log2" not in program(found.factor, found.scale)
+    assert_same(quantizer, found, dtype, device)
+
+
+@pytest.mark.parametrize(
+    "quantizer",
+    [
+        written(torch.float8_e4m3fn, *rceil(448.0, least=-126)),
+        written(torch.float8_e4m3fn, *rceil(447.0)),
+        # 255 for infinity, whose multiplier then is not NaN.
+        written(torch.float8_e4m3fn, *rceil(448.0, infinite=255)),
+    ],
+    ids=["least byte", "divisor", "infinity"],
+)
+def test_other_rules_stay(quantizer):
+    found = cheaper(quantizer, BF16)
+    assert "log2" in program(found.factor, found.scale)
+
+
+@pytest.mark.parametrize("dtype", [BF16, F16], ids=["bf16", "f16"])
+@pytest.mark.parametrize("rule", list(QuotientRule)[:2], ids=lambda rule: rule.value)
+def test_powers_of_two_without_logarithms(rule, dtype, device):
+    quantizer = Quantizer.dynamic(group=128, amax_floor=1e-4, power_of_two=PowerOfTwo.CEIL, quotient_rule=rule)
+    found = cheaper(quantizer, dtype)
+    assert "log2" not in program(found.factor, found.scale)
+    assert_same(quantizer, found, dtype, device)
+
+
+def test_only_of_16_bit_values():
+    # The logarithm of a float32 just above a power of two is whole, where its bits say that it is above.
+    assert cheaper(RCEIL, F32) == RCEIL
+
+
+@pytest.mark.parametrize(
+    ("prologue", "dtype", "replaced"),
+    [
+        (NoPrologue(), BF16, True),
+        (NoPrologue(), F32, False),
+        (RMSNorm(1e-6, product=BF16), BF16, True),
+        (RMSNorm(1e-6, normalized=BF16), BF16, False),
+        (GatedActivation(product=BF16), BF16, True),
+        (GatedActivation(), BF16, False),
+    ],
+    ids=str,
+)
+def test_what_amax_is_taken_of_decides(prologue, dtype, replaced):
+    spec = FusedSpec(prologue, RCEIL)
+    assert (with_cheaper_scales(spec, dtype) != spec) == replaced
