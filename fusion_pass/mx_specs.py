@@ -18,7 +18,7 @@ from .terms import AMAX, GIVEN, Term
 MX_BLOCK = 32
 NVFP4_BLOCK = 16
 
-_INFINITY_BITS = 0x7F800000
+INFINITY_BITS = 0x7F800000
 _MANTISSA = 0x7FFFFF
 _NAN_BYTE = 255
 
@@ -123,6 +123,16 @@ def mx_quantizer(
     )
 
 
+def carry_into_exponent(element: Element, mode: ScaleMode) -> int:
+    """What is added to the bits of amax, so that a mode's rounding carries into the exponent."""
+    return {
+        ScaleMode.FLOOR: 0,
+        ScaleMode.CEIL: _MANTISSA,
+        ScaleMode.EVEN: 1 << (22 - element.mantissa_bits),
+        ScaleMode.RCEIL: _MANTISSA - element.largest_mantissa,
+    }[mode]
+
+
 def _byte(element: Element, mode: ScaleMode, zero_byte: int, infinity_byte: int | None) -> Term:
     """The byte, as int32, of a block with the given amax.
 
@@ -132,13 +142,7 @@ def _byte(element: Element, mode: ScaleMode, zero_byte: int, infinity_byte: int 
     """
     # NaN comes with either sign.
     bits = Term("bit_and", (Term("bits", (AMAX,)), 0x7FFFFFFF))
-    # What carries into the exponent where the mode rounds it up.
-    carry = {
-        ScaleMode.FLOOR: 0,
-        ScaleMode.CEIL: _MANTISSA,
-        ScaleMode.EVEN: 1 << (22 - element.mantissa_bits),
-        ScaleMode.RCEIL: _MANTISSA - element.largest_mantissa,
-    }[mode]
+    carry = carry_into_exponent(element, mode)
     byte = Term("shr", (Term("add", (bits, carry - (element.exponent << 23))), 23))
     if mode is ScaleMode.RCEIL:
         least = (element.exponent << 23) + element.largest_mantissa + 1
@@ -147,11 +151,11 @@ def _byte(element: Element, mode: ScaleMode, zero_byte: int, infinity_byte: int 
     else:
         byte = Term("max", (byte, 0))
     if infinity_byte is not None:
-        infinite = _INFINITY_BITS if mode is ScaleMode.RCEIL else _INFINITY_BITS - carry
+        infinite = INFINITY_BITS if mode is ScaleMode.RCEIL else INFINITY_BITS - carry
         byte = Term("where", (Term("ge", (bits, infinite)), infinity_byte, byte))
     if zero_byte:
         byte = Term("where", (Term("eq", (bits, 0)), zero_byte, byte))
-    return Term("where", (Term("gt", (bits, _INFINITY_BITS)), _NAN_BYTE, byte))
+    return Term("where", (Term("gt", (bits, INFINITY_BITS)), _NAN_BYTE, byte))
 
 
 def _factor(byte: Term, multiplier: Multiplier) -> Term:

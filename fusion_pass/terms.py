@@ -235,6 +235,11 @@ def _are_bits_of_power_of_two(operand: Operand) -> bool:
         return exponent == 255 or (mantissa.bit_count() <= 1 if exponent == 0 else mantissa == 0)
     if operand.op == "shl":
         return operand.args[1] == 23
+    if operand.op == "max" and not isinstance(operand.args[1], Term) and operand.args[1] >= 0:
+        # Of a difference of exponents, which may be negative, a sign does not stay.
+        first, least = operand.args
+        exponents = first.args if isinstance(first, Term) and first.op == "sub" else (first,)
+        return all(map(_are_bits_of_power_of_two, (*exponents, least)))
     if operand.op in ("max", "min"):
         return all(map(_are_bits_of_power_of_two, operand.args))
     return operand.op == "where" and all(map(_are_bits_of_power_of_two, operand.args[1:]))

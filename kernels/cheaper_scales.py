@@ -6,7 +6,6 @@ bfloat16 or float16 values is one of 32 thousand, so that terms are compared on 
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import cache
@@ -14,9 +13,9 @@ from functools import cache
 import torch
 
 from fusion_pass.inductor import real_tensors
-from fusion_pass.mx_specs import ELEMENTS, Multiplier, ScaleMode, mx_quantizer
+from fusion_pass.mx_specs import ELEMENTS, INFINITY_BITS, ScaleMode, carry_into_exponent
 from fusion_pass.specs import FusedSpec, GatedActivation, Granularity, Quantizer, RMSNorm
-from fusion_pass.terms import Operand, Term, bounds, is_power_of_two
+from fusion_pass.terms import AMAX, Operand, Term, bounds, is_power_of_two
 
 from .reference import evaluate
 
@@ -110,11 +109,29 @@ def _candidates(quantizer: Quantizer) -> Iterator[Quantizer]:
 
 
 def _mx_candidates(quantizer: Quantizer, scale: Term) -> Iterator[Quantizer]:
-    """Those of :func:`mx_quantizer` that agree about zero and infinity."""
-    ends = evaluate(scale, {"amax": torch.tensor([0.0, torch.inf], device="cpu")})
-    zero_byte, infinity_byte = map(int, ends.expand(2))
-    for mode, infinity, multiplier in itertools.product(ScaleMode, (None, infinity_byte), Multiplier):
-        yield mx_quantizer(quantizer.code, mode, multiplier=multiplier, zero_byte=zero_byte, infinity_byte=infinity)
+    """MX bytes and what they multiply by, in sums and maxima of bits, which the device fuses; amax has no sign."""
+    bits = Term("bits", (AMAX,))
+    zero_byte = int(evaluate(scale, {"amax": torch.zeros(1, device="cpu")}))
+    for mode in ScaleMode:
+        element = ELEMENTS[quantizer.code]
+        carried = Term("add", (bits, carry_into_exponent(element, mode) - (element.exponent << 23)))
+        exponent = Term("shr", (Term("max", (carried, 0)), 23))
+        # 254 for infinity, or what its exponent gives; 255 for NaN.
+        from_infinity = Term("sub", (Term("min", (bits, INFINITY_BITS + 1)), INFINITY_BITS - 254))
+        of_nan = Term("where", (Term("gt", (bits, INFINITY_BITS)), 255, exponent))
+        for byte in (Term("max", (exponent, from_infinity)), of_nan):
+            byte = Term("where", (Term("eq", (bits, 0)), zero_byte, byte)) if zero_byte else byte
+            for factor in _factors(byte):
+                yield replace(quantizer, factor=factor, scale=Term("u8", (byte,)))
+
+
+def _factors(byte: Term) -> Iterator[Term]:
+    """2^(127 - byte), with the ends of each :class:`fusion_pass.mx_specs.Multiplier`."""
+    bits = Term("sub", (254 << 23, Term("shl", (byte, 23))))
+    yield Term("from_bits", (Term("min", (Term("max", (bits, 0)), 253 << 23)),))
+    exact = Term("max", (bits, 0x00400000))
+    for finite in (exact, Term("where", (Term("eq", (byte, 0)), 127 << 23, exact))):
+        yield Term("from_bits", (Term("where", (Term("eq", (byte, 255)), 0x7FC00000, finite)),))
 
 
 def _power_by_bits(power: Term) -> Term:

@@ -127,7 +127,7 @@ else:
                     .reg .b32 z, v, m, a, b, c, s, k, l;
                     mov.b32 z, 0x80008000;
                     fma.rn.bf16x2 v, $1, $2, z;
-                    and.b32 m, v, 0x7fff7fff;
+                    abs.bf16x2 m, v;
                     mov.b32 k, 0x40004000;
                     mov.b32 l, 0x43004300;
                     fma.rn.bf16x2 a, m, k, l;
