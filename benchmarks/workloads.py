@@ -84,6 +84,8 @@ class BlockScaledLinear(torch.nn.Module):
         return block_scaled_product(codes, columns, self.weight, self.scale)
 
 
+# An op of its own, as engines have them: Dynamo of torch 2.11 cannot trace the block-scaled scaled_mm, and would break the graph.
+@torch.library.custom_op("fusion_pass_benchmarks::block_scaled_product", mutates_args=())
 def block_scaled_product(
     codes: torch.Tensor, scale: torch.Tensor, weight: torch.Tensor, weight_scale: torch.Tensor
 ) -> torch.Tensor:
@@ -95,6 +97,11 @@ def block_scaled_product(
     blocks = weight.unflatten(0, (-1, 128)).unflatten(-1, (-1, 128)).bfloat16()
     others = blocks * weight_scale.bfloat16()[:, None, :, None]
     return values.flatten(-2) @ others.flatten(2).flatten(0, 1).t()
+
+
+@block_scaled_product.register_fake
+def _(codes: torch.Tensor, scale: torch.Tensor, weight: torch.Tensor, weight_scale: torch.Tensor) -> torch.Tensor:
+    return codes.new_empty((codes.shape[0], weight.shape[0]), dtype=torch.bfloat16)
 
 
 @functools.cache
