@@ -128,10 +128,12 @@ def gated_activation(gate, up, OF_BF16: tl.constexpr, PROLOGUE: tl.constexpr):
 
 
 @triton.jit
-def scale_address(rows, groups, scale_rows, GROUPS, LAYOUT: tl.constexpr):
-    """Where scales lie, as fusion_pass.addresses has it, in consecutive matrices of ``scale_rows`` rows."""
-    matrix = rows // scale_rows
-    m = rows - matrix * scale_rows
+def scale_address(rows, groups, scale_rows, GROUPS, LAYOUT: tl.constexpr, ONE_MATRIX: tl.constexpr):
+    """Where scales lie, as fusion_pass.addresses has it, in consecutive matrices of ``scale_rows`` rows, or ONE_MATRIX of them."""
+    # A division takes twenty instructions, and of 64 bits a hundred; 2^31 rows of scales fit no GPU.
+    row = rows.to(tl.int32)
+    matrix = (row * 0 if ONE_MATRIX else row // scale_rows).to(tl.int64)
+    m = row - matrix * scale_rows
     if LAYOUT == "column":
         at = (matrix * GROUPS + groups) * scale_rows + m
     elif LAYOUT == "tma":
@@ -259,6 +261,7 @@ def store_quantized(
     PROGRAM: tl.constexpr,
     CODES: tl.constexpr,
     LAYOUT: tl.constexpr,
+    ONE_MATRIX: tl.constexpr,
 ):
     """Quantize a f32 tile of (rows, groups, lanes), and store its codes and scales."""
     if PEAK == "group":
@@ -290,7 +293,7 @@ def store_quantized(
         elif LAYOUT == "row":
             at = rows * (N // GROUP) + groups
         else:
-            at = scale_address(rows, groups, scale_rows, N // GROUP, LAYOUT)
+            at = scale_address(rows, groups, scale_rows, N // GROUP, LAYOUT, ONE_MATRIX)
         tl.store(scale_ptr + at, cast(scale, scale_ptr.dtype.element_ty), present)
 
 
@@ -323,6 +326,7 @@ def fused_quant_kernel(
     PROGRAM: tl.constexpr,
     CODES: tl.constexpr,
     LAYOUT: tl.constexpr,
+    ONE_MATRIX: tl.constexpr,
 ):
     """One program: STEPS tiles below each other, of ROWS rows x GROUPS groups x LANES >= GROUP values.
 
@@ -337,7 +341,8 @@ def fused_quant_kernel(
     WARPS is the number of warps where a tile is one row, whose values :func:`in_warps` knows how to find in them; else None.
     PEAK says where the amax comes from: each ``group`` of the tile; ``none`` is needed; or one that the whole tensor shares,
     in two launches: the first adds its tiles to it (``store``) and writes no codes, the second reads it (``load``).
-    PROLOGUE and CODES are named constants, see :func:`named`; PROGRAM is what lies between amax and scale.
+    PROLOGUE and CODES are named constants, see :func:`named`; PROGRAM is what lies between amax and scale. ONE_MATRIX promises
+    that ``scale_rows`` is M.
     """
     first = (tl.program_id(0).to(tl.int64) * (ROWS * STEPS) + tl.arange(0, ROWS))[:, None, None]
     groups = (tl.program_id(1) * GROUPS + tl.arange(0, GROUPS))[None, :, None]
@@ -402,4 +407,5 @@ def fused_quant_kernel(
                 PROGRAM,
                 CODES,
                 LAYOUT,
+                ONE_MATRIX,
             )

@@ -236,6 +236,8 @@ def launch_into_buffers(
         "OF_BF16": x.dtype is torch.bfloat16 and _approximations_tested(x.device),
         "PEAK": "group" if spec.quantizer.needs_amax else "none",
         **constants(spec),
+        # Beside two tiles, what it saves elsewhere takes registers: a program less to a processor.
+        "ONE_MATRIX": config.steps == 1 and all(isinstance(size, int) and size == 1 for size in x.shape[:-2]),
         "num_warps": config.warps,
     }
     if spec.quantizer.granularity is Granularity.TENSOR and spec.quantizer.needs_amax:

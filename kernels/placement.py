@@ -33,5 +33,5 @@ def block_scale_address(row, block, ROWS, BLOCKS, LAYOUT: tl.constexpr):
     elif LAYOUT == "padded":
         at = row * ((BLOCKS + 7) // 8 * 8) + block
     else:
-        at = scale_address(row, block, ROWS, BLOCKS, LAYOUT)
+        at = scale_address(row, block, ROWS, BLOCKS, LAYOUT, True)
     return at
