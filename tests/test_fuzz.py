@@ -102,3 +102,10 @@ def test_a_matrix_in_rows_of_another_length_is_another():
     steps = (Step("view", spelling=21), Step("blocks", other=2), Step("norm"))
     report = check(Program(steps, shape=(2, 32, 64), values="integers"))
     assert sorted(site.name for site in report.fused) == ["quant_mxfp8", "quant_mxfp8_by_columns"]
+
+
+@ON_CPU
+def test_blocks_of_a_transpose_with_nan():
+    """Found by fuzzing: a CPU's amax over the strides of a transpose gives NaN a sign, and eager code read its copy."""
+    steps = (Step("view", source=0, spelling=20), Step("blocks", source=0, other=1))
+    assert check(Program(steps, shape=(2, 32, 64), values="special")).fused

@@ -94,7 +94,9 @@ def in_blocks(x: torch.Tensor, spelling: int) -> tuple[torch.Tensor, torch.Tenso
     blocks = x.float().unflatten(-1, (-1, BLOCK))  # type: ignore[no-untyped-call]
     # The exponent of the codes' largest power of two: 2 for E2M1, 8 for e4m3fn.
     largest = (8, 8, 2, 2)[spelling % 4]
-    biased = ((blocks.abs().amax(-1, keepdim=True).view(torch.int32) >> 23) - largest).clamp(min=1)
+    # Without the sign bit: a CPU's amax gives NaN either sign, by the strides of what it reads.
+    exponent = blocks.abs().amax(-1, keepdim=True).view(torch.int32) >> 23 & 0xFF
+    biased = (exponent - largest).clamp(min=1)
     scale = (biased << 23).view(F32)
     values = (blocks / scale if spelling % 3 else blocks * scale.reciprocal()).flatten(-2)
     codes = values.clamp(-448.0, 448.0).to(CODES[0]) if largest == 8 else packed(e2m1(values, spelling))
