@@ -112,7 +112,7 @@ def mx_quantizer(
     byte = _byte(element, mode, zero_byte, infinity_byte)
     return Quantizer(
         code=code,
-        factor=_factor(byte, multiplier),
+        factor=multiplied_by(byte, multiplier),
         divides=False,
         scale=Term("u8", (byte,)),
         scale_dtype=torch.uint8,
@@ -158,7 +158,8 @@ def _byte(element: Element, mode: ScaleMode, zero_byte: int, infinity_byte: int 
     return Term("where", (Term("gt", (bits, INFINITY_BITS)), _NAN_BYTE, byte))
 
 
-def _factor(byte: Term, multiplier: Multiplier) -> Term:
+def multiplied_by(byte: Term, multiplier: Multiplier) -> Term:
+    """What the values of a block with a byte are multiplied by."""
     # For byte 254 it is 2^-127, a subnormal.
     bits = Term("max", (Term("shl", (Term("sub", (254, byte)), 23)), 0x00400000))
     if multiplier is Multiplier.DIVISION:

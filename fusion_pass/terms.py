@@ -235,11 +235,6 @@ def _are_bits_of_power_of_two(operand: Operand) -> bool:
         return exponent == 255 or (mantissa.bit_count() <= 1 if exponent == 0 else mantissa == 0)
     if operand.op == "shl":
         return operand.args[1] == 23
-    if operand.op == "max" and not isinstance(operand.args[1], Term) and operand.args[1] >= 0:
-        # Of a difference of exponents, which may be negative, a sign does not stay.
-        first, least = operand.args
-        exponents = first.args if isinstance(first, Term) and first.op == "sub" else (first,)
-        return all(map(_are_bits_of_power_of_two, (*exponents, least)))
     if operand.op in ("max", "min"):
         return all(map(_are_bits_of_power_of_two, operand.args))
     return operand.op == "where" and all(map(_are_bits_of_power_of_two, operand.args[1:]))
@@ -277,13 +272,13 @@ def largest_quotient(term: Operand, divides: bool) -> float:
         return largest_quotient(term.args[0], divides) * (1 / factor if divides else factor) if factor > 0 else INFINITY
     if term.op == "div" and not divides and not isinstance(term.args[0], Term):
         return largest_quotient(term.args[1], True) * float(term.args[0])
-    rounded = _rounded_power(term, "ceil" if divides else "floor")
+    rounded = rounded_power(term, "ceil" if divides else "floor")
     if rounded is not None:
         return largest_quotient(rounded, divides)
     return 1.0 if term.op == "amax" and divides else INFINITY
 
 
-def _rounded_power(term: Term, direction: str) -> Operand | None:
+def rounded_power(term: Term, direction: str) -> Operand | None:
     """What term rounds to a power of two in the given direction, by logarithm or, upwards, by bits."""
     inner = term.args[0] if term.args else None
     if term.op in ("exp2", "pow2") and isinstance(inner, Term) and inner.op == direction:

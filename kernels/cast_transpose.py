@@ -13,7 +13,6 @@ import triton
 import triton.language as tl
 
 from fusion_pass.cast_transpose import BlockScales, CastTransposeSpec, Placement
-from fusion_pass.eager import overflow_code
 from fusion_pass.layouts import pack_blocked, pack_mfma_shuffled, pack_mx_shuffled
 from fusion_pass.specs import FusedSpec, NoPrologue, Quantizer, Rounding, Sign, Ties
 from fusion_pass.terms import is_power_of_two
@@ -21,7 +20,7 @@ from fusion_pass.terms import is_power_of_two
 from .arithmetic import amax, cast, named, widened
 from .cheaper_scales import cheaper
 from .fused_quant import load, quantized
-from .launch import as_codes, quantizer_constants, rows_of, storable
+from .launch import as_codes, overflow, quantizer_constants, rows_of, storable
 from .packed_cast_transpose import BLOCK, TILE_COLUMNS, TILE_ROWS, WARPS, packed_cast_transpose_kernel
 from .placement import block_scale_address, code_address
 from .reference import reference
@@ -190,8 +189,8 @@ def packs(spec: CastTransposeSpec, dtype: torch.dtype) -> bool:
     if e2m1 is None:
         known = quantizer.code in (torch.float8_e4m3fn, torch.float8_e5m2)
         # Casts saturate, here always.
-        saturates = quantizer.clamp is None and overflow_code(quantizer.code) is None
-        return known and (saturates or quantizer.clamp == torch.finfo(quantizer.code).max)
+        saturates = overflow(quantizer) is None
+        return known and saturates and quantizer.clamp in (None, torch.finfo(quantizer.code).max)
     if e2m1.ties is Ties.EVEN:
         as_computed = e2m1.sign is Sign.KEPT and e2m1.nan_code in (4, 7)
     else:

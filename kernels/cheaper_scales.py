@@ -13,9 +13,9 @@ from functools import cache
 import torch
 
 from fusion_pass.inductor import real_tensors
-from fusion_pass.mx_specs import ELEMENTS, INFINITY_BITS, ScaleMode, carry_into_exponent
+from fusion_pass.mx_specs import ELEMENTS, INFINITY_BITS, Multiplier, ScaleMode, carry_into_exponent, multiplied_by
 from fusion_pass.specs import FusedSpec, GatedActivation, Granularity, Quantizer, RMSNorm
-from fusion_pass.terms import AMAX, Operand, Term, bounds, is_power_of_two
+from fusion_pass.terms import AMAX, Operand, Term, bounds, is_power_of_two, rounded_power
 
 from .reference import evaluate
 
@@ -23,6 +23,7 @@ from .reference import evaluate
 _LOGARITHMS_ERROR = 2.0**-21
 
 
+@cache
 def with_cheaper_scales(spec: FusedSpec, input_dtype: torch.dtype) -> FusedSpec:
     """A spec that gives the same outputs for an input of a dtype, its scales by fewer instructions if any are known."""
     return replace(spec, quantizer=cheaper(spec.quantizer, _value_dtype(spec, input_dtype)))
@@ -43,13 +44,20 @@ def cheaper(quantizer: Quantizer, dtype: torch.dtype) -> Quantizer:
     if dtype not in (torch.bfloat16, torch.float16) or any(term.leaves() != {"amax"} for term in _terms(quantizer)):
         return quantizer
     with real_tensors():
+        candidates = list(_candidates(quantizer))
+        if not candidates:
+            return quantizer
         amaxes = torch.arange(32768, dtype=torch.int16, device="cpu").view(dtype).float()
         # NaN has many payloads, all alike to terms.
         amaxes = torch.cat([amaxes[~amaxes.isnan()], torch.tensor([torch.nan], device="cpu")])
-        for candidate in _candidates(quantizer):
-            # Most are told apart by a few.
-            if _agree(quantizer, candidate, amaxes.flip(0)[::61]) and _agree(quantizer, candidate, amaxes):
-                return replace(quantizer, factor=candidate.factor, scale=candidate.scale)
+        # Most are told apart by a few.
+        few = amaxes.flip(0)[::61]
+        wanted = _whatever_the_error(quantizer, few)
+        for candidate in candidates:
+            if _is_worth(candidate, few, wanted) and _is_worth(
+                candidate, amaxes, _whatever_the_error(quantizer, amaxes)
+            ):
+                return candidate
     return quantizer
 
 
@@ -65,11 +73,14 @@ def _terms(quantizer: Quantizer) -> list[Term]:
     return [quantizer.factor] if quantizer.scale is None else [quantizer.factor, quantizer.scale]
 
 
-def _agree(quantizer: Quantizer, candidate: Quantizer, amaxes: torch.Tensor) -> bool:
-    """Whether the terms of both are worth the same for these amaxes, whatever the logarithm's error."""
+def _whatever_the_error(quantizer: Quantizer, amaxes: torch.Tensor) -> list[list[torch.Tensor]]:
+    """What the terms are worth for these amaxes if logarithms err downwards, and if upwards."""
+    return [list(_worth(quantizer, amaxes, nudge)) for nudge in (1 - _LOGARITHMS_ERROR, 1 + _LOGARITHMS_ERROR)]
+
+
+def _is_worth(candidate: Quantizer, amaxes: torch.Tensor, wanted: list[list[torch.Tensor]]) -> bool:
     found = _worth(candidate, amaxes)
-    nudged = (_worth(quantizer, amaxes, 1 - _LOGARITHMS_ERROR), _worth(quantizer, amaxes, 1 + _LOGARITHMS_ERROR))
-    return all(_same(value, other) for value, *others in zip(found, *nudged, strict=True) for other in others)
+    return all(_same(value, other) for value, *others in zip(found, *wanted, strict=True) for other in others)
 
 
 def _same(a: torch.Tensor, b: torch.Tensor) -> bool:
@@ -80,7 +91,7 @@ def _worth(quantizer: Quantizer, amaxes: torch.Tensor, nudge: float | None = Non
     """The values of the terms; with ``nudge``, logarithms but of powers of two are multiplied by it."""
     known: dict[Term, torch.Tensor] = {}
     for term in _terms(quantizer):
-        nudged = term if nudge is None else _replaced(term, "log2", lambda log: _nudged(log, nudge))
+        nudged = term if nudge is None else _replaced(term, ("log2",), lambda log: _nudged(log, nudge))
         yield evaluate(nudged, {"amax": amaxes}, known=known).expand(amaxes.shape)
 
 
@@ -89,11 +100,11 @@ def _nudged(logarithm: Term, nudge: float) -> Term:
     return Term("where", (is_power, logarithm, Term("mul", (logarithm, nudge))))
 
 
-def _replaced(term: Term, op: str, by: Callable[[Term], Term]) -> Term:
-    """The term with each operation ``op`` in it replaced, from the leaves up."""
-    arguments: tuple[Operand, ...] = tuple(_replaced(a, op, by) if isinstance(a, Term) else a for a in term.args)
+def _replaced(term: Term, ops: tuple[str, ...], by: Callable[[Term], Term]) -> Term:
+    """The term with each operation of ``ops`` in it replaced, from the leaves up."""
+    arguments: tuple[Operand, ...] = tuple(_replaced(a, ops, by) if isinstance(a, Term) else a for a in term.args)
     same = replace(term, args=arguments)
-    return by(same) if term.op == op else same
+    return by(same) if term.op in ops else same
 
 
 def _candidates(quantizer: Quantizer) -> Iterator[Quantizer]:
@@ -101,8 +112,7 @@ def _candidates(quantizer: Quantizer) -> Iterator[Quantizer]:
     if is_block and quantizer.scale is not None and quantizer.scale_dtype is torch.uint8:
         yield from _mx_candidates(quantizer, quantizer.scale)
     factor, scale = (
-        term and _replaced(_replaced(term, "exp2", _power_by_bits), "pow2", _power_by_bits)
-        for term in (quantizer.factor, quantizer.scale)
+        term and _replaced(term, ("exp2", "pow2"), _power_by_bits) for term in (quantizer.factor, quantizer.scale)
     )
     if factor is not None and (factor, scale) != (quantizer.factor, quantizer.scale):
         yield replace(quantizer, factor=factor, scale=scale)
@@ -126,21 +136,17 @@ def _mx_candidates(quantizer: Quantizer, scale: Term) -> Iterator[Quantizer]:
 
 
 def _factors(byte: Term) -> Iterator[Term]:
-    """2^(127 - byte), with the ends of each :class:`fusion_pass.mx_specs.Multiplier`."""
-    bits = Term("sub", (254 << 23, Term("shl", (byte, 23))))
+    """2^(127 - byte), with the ends of each multiplier; first those of a division where no byte is 254."""
+    bits = Term("shl", (Term("sub", (254, byte)), 23))
     yield Term("from_bits", (Term("min", (Term("max", (bits, 0)), 253 << 23)),))
-    exact = Term("max", (bits, 0x00400000))
-    for finite in (exact, Term("where", (Term("eq", (byte, 0)), 127 << 23, exact))):
-        yield Term("from_bits", (Term("where", (Term("eq", (byte, 255)), 0x7FC00000, finite)),))
+    yield from (multiplied_by(byte, multiplier) for multiplier in (Multiplier.EXACT, Multiplier.UNIT))
 
 
 def _power_by_bits(power: Term) -> Term:
     """``exp2(ceil(log2(x)))`` as the exponent of x, one more if any bit of the mantissa is set; NaN stays NaN."""
-    ceiling = power.args[0]
-    logarithm = ceiling.args[0] if isinstance(ceiling, Term) and ceiling.op == "ceil" else None
-    if not isinstance(logarithm, Term) or logarithm.op != "log2":
+    x = rounded_power(power, "ceil")
+    if x is None:
         return power
-    x = logarithm.args[0]
     carried = Term("add", (Term("bits", (x,)), 0x7FFFFF))
     rounded = Term("from_bits", (Term("bit_and", (carried, 0x7F800000)),))
     return Term("where", (Term("isnan", (x,)), x, rounded))

@@ -349,7 +349,7 @@ def _ordinary(quantizer: Quantizer) -> bool:
     return least >= 2.0**-80 and most <= 2.0**126
 
 
-def _overflow(quantizer: Quantizer) -> int | None:
+def overflow(quantizer: Quantizer) -> int | None:
     """The code of a value too large for the dtype, or None where no value is or the cast saturates."""
     if quantizer.code not in _LARGEST or (quantizer.clamp is not None and quantizer.clamp <= _LARGEST[quantizer.code]):
         return None
@@ -408,7 +408,7 @@ def quantizer_constants(quantizer: Quantizer) -> dict[str, Any]:
         "clamp": None if _cast_clamps(quantizer) else quantizer.clamp,
         "clamp_low": quantizer.clamp_low if quantizer.clamp_low is not None else -(quantizer.clamp or 0.0),
         "largest": _LARGEST.get(quantizer.code),
-        "overflow": _overflow(quantizer),
+        "overflow": overflow(quantizer),
         "ties": None if quantizer.e2m1 is None else quantizer.e2m1.ties.value,
         "sign": None if quantizer.e2m1 is None else quantizer.e2m1.sign.value,
         "nan_code": None if quantizer.e2m1 is None else quantizer.e2m1.nan_code,

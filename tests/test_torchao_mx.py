@@ -75,15 +75,10 @@ def test_casts_of_a_matrix_and_its_transpose_fuse(mode, code, device):
     x = blocks_of_every_amax(device)
     x = x if device == "cuda" else x[~x.isnan().any(-1)]
     x = x[: len(x) // 32 * 32]
-    report = Report()
-    actual = torch.compile(cast, backend=collecting(report), dynamic=False)(x)
-    (site,) = report.fused
-    assert site.name == f"quant_{'mxfp8' if code is torch.float8_e4m3fn else 'mxfp4'}_both_ways"
+    (site,) = check(cast, f"quant_{'mxfp8' if code is torch.float8_e4m3fn else 'mxfp4'}_both_ways", x).fused
     spec = CastTransposeSpec(cheaper(site.spec.quantizer, x.dtype), Placement(), Placement())
     # A CPU gives NaN another code, which no kernel for GPUs needs.
     assert packs(spec, x.dtype) or (device == "cpu" and spec.quantizer.e2m1 is not None)
-    result = compare(actual, cast(x))
-    assert result.equal, result
 
 
 nvfp4_tensor = pytest.importorskip("torchao.prototype.mx_formats.nvfp4_tensor")
@@ -105,3 +100,4 @@ def check(cast, name, *tensors):
     assert [site.name for site in report.fused] == [name], report
     result = compare(actual, cast(*tensors))
     assert result.equal, result
+    return report
