@@ -11,37 +11,42 @@ from .specs import ScaleLayout
 
 # TMA descriptors need strides of 16 bytes: four float32 scales, or four words of packed exponents.
 TMA_ROWS = 4
-_ALIGNED = (ScaleLayout.TMA, ScaleLayout.PACKED)
+_MULTIPLES = {
+    ScaleLayout.TMA: (TMA_ROWS, 1),
+    ScaleLayout.PACKED: (TMA_ROWS, 4),
+    ScaleLayout.BLOCKED: (128, 4),
+    ScaleLayout.SHUFFLED: (32, 8),
+}
 
 
-def aligned_rows(layout: ScaleLayout, rows: Any) -> Any:
-    """The distance of two columns, in rows."""
-    return ceil_to(rows, TMA_ROWS) if layout in _ALIGNED else rows
+def multiples(layout: ScaleLayout) -> tuple[int, int]:
+    """Of how many rows, and of how many groups, what is stored is a multiple."""
+    return _MULTIPLES.get(layout, (1, 1))
+
+
+def padded(layout: ScaleLayout, rows: Any, groups: int) -> tuple[Any, int]:
+    """For how many rows and groups there is room, padding included."""
+    of_rows, of_groups = multiples(layout)
+    return ceil_to(rows, of_rows), ceil_to(groups, of_groups)
 
 
 def allocated(layout: ScaleLayout, rows: Any, groups: int) -> list[Any]:
     """The contiguous shape in which the scales of one matrix are stored, padding included."""
+    rows, groups = padded(layout, rows, groups)
     if layout is ScaleLayout.ROW:
         return [rows, groups]
     if layout is ScaleLayout.PACKED:
-        return [-(-groups // 4), aligned_rows(layout, rows), 4]
-    if layout is ScaleLayout.BLOCKED:
-        return [ceil_to(rows, 128) * ceil_to(groups, 4)]
-    if layout is ScaleLayout.SHUFFLED:
-        return [ceil_to(rows, 32) * ceil_to(groups, 8)]
-    return [groups, aligned_rows(layout, rows)]
+        return [groups // 4, rows, 4]
+    if layout in (ScaleLayout.BLOCKED, ScaleLayout.SHUFFLED):
+        return [rows * groups]
+    return [groups, rows]
 
 
 def has_padding(layout: ScaleLayout, rows: Any, groups: int) -> bool:
     """Whether some of what is stored is no scale, or may be none where rows are symbolic."""
     if layout in (ScaleLayout.ROW, ScaleLayout.COLUMN):
         return False
-    if not isinstance(rows, int):
-        return True
-    stored = 1
-    for size in allocated(layout, rows, groups):
-        stored *= size
-    return stored != rows * groups
+    return not isinstance(rows, int) or padded(layout, rows, groups) != (rows, groups)
 
 
 def address(layout: ScaleLayout, m: Any, g: Any, rows: Any, groups: int) -> Any:
@@ -49,16 +54,16 @@ def address(layout: ScaleLayout, m: Any, g: Any, rows: Any, groups: int) -> Any:
     if layout is ScaleLayout.ROW:
         return m * groups + g
     if layout is ScaleLayout.PACKED:
-        return (g // 4 * aligned_rows(layout, rows) + m) * 4 + g % 4
+        return (g // 4 * ceil_to(rows, TMA_ROWS) + m) * 4 + g % 4
     if layout is ScaleLayout.BLOCKED:
         tile = m // 128 * (ceil_to(groups, 4) // 4) + g // 4
         return tile * 512 + m % 32 * 16 + m % 128 // 32 * 4 + g % 4
     if layout is ScaleLayout.SHUFFLED:
         tile = m // 32 * 32 * ceil_to(groups, 8) + g // 8 * 256
         return tile + g % 4 * 64 + m % 16 * 4 + g % 8 // 4 * 2 + m % 32 // 16
-    return g * aligned_rows(layout, rows) + m
+    return g * padded(layout, rows, groups)[0] + m
 
 
 def ceil_to(size: Any, multiple: int) -> Any:
     """``size`` rounded up to a multiple of ``multiple``."""
-    return (size + multiple - 1) // multiple * multiple
+    return size if multiple == 1 else (size + multiple - 1) // multiple * multiple

@@ -154,6 +154,30 @@ def scale_address(rows, groups, scale_rows, GROUPS, LAYOUT: tl.constexpr, ONE_MA
 
 
 @triton.jit
+def has_room(rows, groups, M, GROUPS: tl.constexpr, PAD_ROWS: tl.constexpr, PAD_GROUPS: tl.constexpr):
+    """Where scales are stored, padding included: a multiple of so many rows and groups."""
+    in_rows = rows < (M + PAD_ROWS - 1) // PAD_ROWS * PAD_ROWS
+    return in_rows & (groups < (GROUPS + PAD_GROUPS - 1) // PAD_GROUPS * PAD_GROUPS)
+
+
+@triton.jit
+def store_padding(
+    scale_ptr,
+    rows,
+    groups,
+    M,
+    GROUPS: tl.constexpr,
+    LAYOUT: tl.constexpr,
+    PAD_ROWS: tl.constexpr,
+    PAD_GROUPS: tl.constexpr,
+):
+    """Zeros for the scales of a tile that lies outside the matrix."""
+    at = scale_address(rows, groups, M, GROUPS, LAYOUT, True)
+    zeros = tl.zeros(at.shape, scale_ptr.dtype.element_ty)
+    tl.store(scale_ptr + at, zeros, has_room(rows, groups, M, GROUPS, PAD_ROWS, PAD_GROUPS))
+
+
+@triton.jit
 def within(rows, M, inside, PROGRAM_ROWS: tl.constexpr):
     """The mask of a tile: None if its program has one row, which is there, and all of whose lanes are inside."""
     if PROGRAM_ROWS == 1:
@@ -262,6 +286,8 @@ def store_quantized(
     CODES: tl.constexpr,
     LAYOUT: tl.constexpr,
     ONE_MATRIX: tl.constexpr,
+    PAD_ROWS: tl.constexpr,
+    PAD_GROUPS: tl.constexpr,
 ):
     """Quantize a f32 tile of (rows, groups, lanes), and store its codes and scales."""
     if PEAK == "group":
@@ -294,6 +320,9 @@ def store_quantized(
             at = rows * (N // GROUP) + groups
         else:
             at = scale_address(rows, groups, scale_rows, N // GROUP, LAYOUT, ONE_MATRIX)
+            if PAD_ROWS is not None:
+                scale = tl.where(present, scale, tl.zeros_like(scale))
+                present = has_room(rows, groups, M, N // GROUP, PAD_ROWS, PAD_GROUPS)
         tl.store(scale_ptr + at, cast(scale, scale_ptr.dtype.element_ty), present)
 
 
@@ -327,6 +356,8 @@ def fused_quant_kernel(
     CODES: tl.constexpr,
     LAYOUT: tl.constexpr,
     ONE_MATRIX: tl.constexpr,
+    PAD_ROWS: tl.constexpr,
+    PAD_GROUPS: tl.constexpr,
 ):
     """One program: STEPS tiles below each other, of ROWS rows x GROUPS groups x LANES >= GROUP values.
 
@@ -341,9 +372,23 @@ def fused_quant_kernel(
     WARPS is the number of warps where a tile is one row, whose values :func:`in_warps` knows how to find in them; else None.
     PEAK says where the amax comes from: each ``group`` of the tile; ``none`` is needed; or one that the whole tensor shares,
     in two launches: the first adds its tiles to it (``store``) and writes no codes, the second reads it (``load``).
-    PROLOGUE and CODES are named constants, see :func:`named`; PROGRAM is what lies between amax and scale. ONE_MATRIX promises
-    that ``scale_rows`` is M.
+    PROLOGUE and CODES are named constants, see :func:`named`; PROGRAM is what lies between amax and scale.
+    ONE_MATRIX promises that ``scale_rows`` is M. With PAD_ROWS and PAD_GROUPS, of which the stored scales' rows and groups are
+    multiples, there are programs for all of them, and padding gets zeros; None leaves it as it is.
     """
+    if PAD_ROWS is not None:  # noqa: SIM102  # Triton decides the one while it compiles.
+        if (tl.program_id(0) * (ROWS * STEPS) >= M) | (tl.program_id(1) * GROUPS >= N // GROUP):
+            store_padding(
+                scale_ptr,
+                (tl.program_id(0).to(tl.int64) * (ROWS * STEPS) + tl.arange(0, ROWS * STEPS))[:, None, None],
+                (tl.program_id(1) * GROUPS + tl.arange(0, GROUPS))[None, :, None],
+                M,
+                N // GROUP,
+                LAYOUT,
+                PAD_ROWS,
+                PAD_GROUPS,
+            )
+            return
     first = (tl.program_id(0).to(tl.int64) * (ROWS * STEPS) + tl.arange(0, ROWS))[:, None, None]
     groups = (tl.program_id(1) * GROUPS + tl.arange(0, GROUPS))[None, :, None]
     lanes = tl.arange(0, LANES)[None, None, :]
@@ -408,4 +453,6 @@ def fused_quant_kernel(
                 CODES,
                 LAYOUT,
                 ONE_MATRIX,
+                PAD_ROWS,
+                PAD_GROUPS,
             )

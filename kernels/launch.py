@@ -13,7 +13,7 @@ from typing import Any
 import torch
 import triton
 
-from fusion_pass.addresses import allocated, has_padding
+from fusion_pass.addresses import allocated, has_padding, multiples, padded
 from fusion_pass.eager import overflow_code
 from fusion_pass.inductor import known
 from fusion_pass.specs import (
@@ -204,13 +204,18 @@ def launch_into_buffers(
     spec = with_cheaper_scales(spec, x.dtype)
     x, x_stride = rows_of(x)
     other, other_stride = (None, None) if other is None else rows_of(other)
-    outputs = _buffers(spec, x)
-    named = dict(zip(output_names(spec), outputs, strict=True))
-    count = x.numel() // row
     group = group_length(spec, row)
+    count = x.numel() // row
     config = configure(spec, row, _amount(count, row))
+    one_matrix = all(isinstance(size, int) and size == 1 for size in x.shape[:-2])
+    columns = -(-row // group)
+    pads = one_matrix and _writes_padding(spec, config, count, columns)
+    outputs = _buffers(spec, x, filled=not pads)
+    named = dict(zip(output_names(spec), outputs, strict=True))
+    pad_rows, pad_groups = multiples(spec.layout) if pads else (None, None)
+    tiled_rows, tiled_columns = padded(spec.layout, count, columns) if pads else (count, columns)
     # Three dimensions: Inductor's launchers take no fewer.
-    grid = (-(-count // (config.rows * config.steps)), -(-row // (group * config.groups)), 1)
+    grid = (-(-tiled_rows // (config.rows * config.steps)), -(-tiled_columns // config.groups), 1)
     arguments = {
         "x_ptr": x,
         "other_ptr": other,
@@ -237,7 +242,9 @@ def launch_into_buffers(
         "PEAK": "group" if spec.quantizer.needs_amax else "none",
         **constants(spec),
         # Beside two tiles, what it saves elsewhere takes registers: a program less to a processor.
-        "ONE_MATRIX": config.steps == 1 and all(isinstance(size, int) and size == 1 for size in x.shape[:-2]),
+        "ONE_MATRIX": pads or (one_matrix and config.steps == 1),
+        "PAD_ROWS": pad_rows,
+        "PAD_GROUPS": pad_groups,
         "num_warps": config.warps,
     }
     if spec.quantizer.granularity is Granularity.TENSOR and spec.quantizer.needs_amax:
@@ -269,21 +276,31 @@ def written(arguments: dict[str, Any]) -> list[str]:
     return [name for name in names if arguments[name] is not None]
 
 
-def allocate(spec: FusedSpec, x: torch.Tensor) -> list[torch.Tensor]:
-    """The outputs of ``spec`` for an input like x, uninitialised but for padding of the scales."""
+def _writes_padding(spec: FusedSpec, config: LaunchConfig, rows: Any, columns: int) -> bool:
+    """Whether the kernel writes the zeros between the scales of a single matrix, so that nothing must fill them before.
+
+    Programs of whole rows write no other groups than those that a power of two gives them.
+    """
+    if spec.quantizer.granularity is Granularity.TENSOR or not has_padding(spec.layout, rows, columns):
+        return False
+    return not _whole_rows(spec) or padded(spec.layout, 1, columns)[1] <= config.groups
+
+
+def allocate(spec: FusedSpec, x: torch.Tensor, filled: bool = True) -> list[torch.Tensor]:
+    """The outputs of ``spec`` for an input like x, uninitialised but, if wanted, for padding of the scales."""
     quantizer = spec.quantizer
     lead = list(x.shape[:-1])
     codes = [*lead, x.shape[-1] // quantizer.codes_per_byte]
     outputs = [torch.empty(codes, dtype=quantizer.stored, device=x.device)]
     if quantizer.scale is not None:
         groups = x.shape[-1] // (quantizer.group or x.shape[-1])
-        scale, padded = [*lead, groups], False
+        scale, with_padding = [*lead, groups], False
         if quantizer.granularity is Granularity.TENSOR:
             scale = [1]
         elif spec.layout is not ScaleLayout.ROW:
             scale = [*lead[:-1], *allocated(spec.layout, lead[-1], groups)]
-            padded = has_padding(spec.layout, lead[-1], groups)
-        if padded:
+            with_padding = has_padding(spec.layout, lead[-1], groups)
+        if filled and with_padding:
             outputs.append(_zeros(scale, quantizer.scale_dtype, x.device))
         else:
             outputs.append(torch.empty(scale, dtype=quantizer.scale_dtype, device=x.device))
@@ -296,9 +313,9 @@ def _zeros(size: list[Any], dtype: torch.dtype, device: torch.device) -> torch.T
     return torch.full(size, 0, dtype=dtype, device=device)
 
 
-def _buffers(spec: FusedSpec, x: torch.Tensor) -> list[torch.Tensor]:
+def _buffers(spec: FusedSpec, x: torch.Tensor, filled: bool) -> list[torch.Tensor]:
     """What kernels write: the outputs, but for codes of a dtype that Triton does not know everywhere as bytes."""
-    codes, *others = allocate(spec, x)
+    codes, *others = allocate(spec, x, filled)
     return [storable(codes), *others]
 
 

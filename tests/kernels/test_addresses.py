@@ -4,6 +4,7 @@ import pytest
 import torch
 from fusion_pass.kernels import cast_transpose
 from fusion_pass.kernels.launch import launch
+from fusion_pass.kernels.reference import reference
 
 from fusion_pass import layouts
 from fusion_pass.cast_transpose import CastTransposeSpec
@@ -83,3 +84,31 @@ def test_packed_exponents_are_words(device):
     stored = launch(FusedSpec(NoPrologue(), mx_quantizer(), ScaleLayout.PACKED), x)[1]
     words = stored.view(torch.int32).squeeze(-1).t()[:7]
     assert torch.equal(layouts.unpack_ue8m0_words(words, 10, torch.uint8), byte)
+
+
+@pytest.fixture
+def memory_with_traces():
+    """Uninitialised memory has large numbers or NaN in it."""
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.mark.usefixtures("memory_with_traces")
+@pytest.mark.parametrize("shape", [(1, 384), (5, 640), (8, 896), (130, 128), (1, 6, 384), (2, 6, 384)], ids=str)
+@pytest.mark.parametrize(
+    "prologue", [NoPrologue(), RMSNorm(1e-6), GatedActivation(product=BF16)], ids=["none", "norm", "gate"]
+)
+@pytest.mark.parametrize(
+    "layout",
+    [ScaleLayout.TMA, ScaleLayout.PACKED, ScaleLayout.BLOCKED, ScaleLayout.SHUFFLED],
+    ids=lambda layout: layout.value,
+)
+def test_padding_is_zeros(layout, prologue, shape, device):
+    quantizer = GROUP if layout is ScaleLayout.TMA else mx_quantizer(block=128)
+    spec = FusedSpec(prologue, quantizer, layout)
+    x = torch.randint(-15, 16, shape, device=device).to(BF16)
+    other = x.flip(0) if isinstance(prologue, GatedActivation) else None
+    weight = torch.ones(shape[-1], dtype=BF16, device=device) if isinstance(prologue, RMSNorm) else None
+    result = compare(launch(spec, x, other, weight), reference(spec, x, other, weight))
+    assert result.equal, result
