@@ -57,8 +57,11 @@ if INTERPRETED:
     def _by_torch(operation):
         return lambda x: _from_torch(operation(_to_torch(x)), x.dtype.scalar)
 
-    silu, sigmoid, gelu = map(_by_torch, (torch.nn.functional.silu, torch.sigmoid, torch.nn.functional.gelu))
-    gelu_tanh = _by_torch(lambda x: torch.nn.functional.gelu(x, approximate="tanh"))
+    def _activation(operation):
+        return lambda x, TO: _by_torch(operation)(x)
+
+    silu, sigmoid, gelu = map(_activation, (torch.nn.functional.silu, torch.sigmoid, torch.nn.functional.gelu))
+    gelu_tanh = _activation(lambda x: torch.nn.functional.gelu(x, approximate="tanh"))
 
     def divide(y, s, ORDINARY):
         return tl.math.div_rn(y, s)
@@ -83,8 +86,6 @@ if INTERPRETED:
 
     def integer(x):
         return _from_torch(_to_torch(x).to(torch.int32), tl.int32)
-
-    silu_of_bf16 = silu
 
     def widened(x):
         return cast(x, tl.float32)
@@ -142,25 +143,6 @@ else:
         )
 
     @triton.jit
-    def silu(x):
-        """x / (1 + exp(-x)) of a f32 tile: ATen's silu_kernel on CUDA, which is compiled without fast math."""
-        return tl.math.div_rn(x, 1.0 + libdevice.exp(-x))
-
-    @triton.jit
-    def silu_of_bf16(x):
-        """:func:`silu` where x holds bf16 values and the result is rounded to bf16.
-
-        Approximate instructions give the same bf16 for each of the 65536 values, which the tests compute on the device at
-        hand. A divisor is scaled so that its reciprocal is no subnormal, which instructions flush.
-        """
-        power = tl.inline_asm_elementwise(
-            "ex2.approx.ftz.f32 $0, $1;", "=f,f", [x * -1.4426950408889634], tl.float32, is_pure=True, pack=1
-        )
-        divisor = tl.fma(power, tl.full(x.shape, 0.00390625, tl.float32), tl.full(x.shape, 0.00390625, tl.float32))
-        r = tl.inline_asm_elementwise("rcp.approx.ftz.f32 $0, $1;", "=f,f", [divisor], tl.float32, is_pure=True, pack=1)
-        return x * (r * 0.00390625)
-
-    @triton.jit
     def packed_product(x, y):
         """The rounded products of two bf16 or two f16 tiles, which their exact products in f32 round to as well."""
         # A product is a sum with -0: bf16 has had that instruction for longer than one of its own for products.
@@ -197,10 +179,50 @@ else:
             )
         return total
 
+    # Activations: TO is the 16-bit type, by name, whose values x holds and to which the result is rounded. Where few and
+    # approximate instructions give the same result for each of its 65536 values, they are taken; the tests compare them on
+    # the device at hand. With None they are those of ATen's kernels, which are compiled without fast math.
+
     @triton.jit
-    def sigmoid(x):
+    def power_estimate(x):
+        """2^x to some 22 bits, subnormal results flushed."""
+        return tl.inline_asm_elementwise("ex2.approx.ftz.f32 $0, $1;", "=f,f", [x], tl.float32, is_pure=True, pack=1)
+
+    @triton.jit
+    def reciprocal_estimate(x):
+        """1 / x to one ulp, subnormal arguments and results flushed."""
+        return tl.inline_asm_elementwise("rcp.approx.ftz.f32 $0, $1;", "=f,f", [x], tl.float32, is_pure=True, pack=1)
+
+    @triton.jit
+    def over_one_plus_exp(y, x):
+        """y / (1 + exp(-x)), with exp(80) for larger ones: such quotients are zero in f16, and the divisor is finite."""
+        divisor = 1.0 + libdevice.exp(tl.minimum(x * -1.0, 80.0))
+        return corrected_product(y, reciprocal_estimate(divisor), divisor)
+
+    @triton.jit
+    def silu(x, TO: tl.constexpr):
+        """x / (1 + exp(-x)) of a f32 tile: ATen's silu_kernel on CUDA."""
+        if TO == "bf16":
+            active = x * sigmoid(x, TO)
+        elif TO == "f16":
+            active = over_one_plus_exp(x, x)
+        else:
+            active = tl.math.div_rn(x, 1.0 + libdevice.exp(-x))
+        return active
+
+    @triton.jit
+    def sigmoid(x, TO: tl.constexpr):
         """1 / (1 + exp(-x)) of a f32 tile: ATen's sigmoid_kernel on CUDA."""
-        return tl.math.div_rn(tl.full(x.shape, 1.0, tl.float32), 1.0 + libdevice.exp(-x))
+        if TO == "bf16":
+            # Scaled, as instructions flush the subnormal reciprocals of large divisors.
+            scale = tl.full(x.shape, 0.00390625, tl.float32)
+            divisor = tl.fma(power_estimate(x * -1.4426950408889634), scale, scale)
+            result = reciprocal_estimate(divisor) * 0.00390625
+        elif TO == "f16":
+            result = over_one_plus_exp(tl.full(x.shape, 1.0, tl.float32), x)
+        else:
+            result = tl.math.div_rn(tl.full(x.shape, 1.0, tl.float32), 1.0 + libdevice.exp(-x))
+        return result
 
     @triton.jit
     def erf(x):
@@ -217,28 +239,62 @@ else:
         r = tl.fma(r, t, tl.where(large, 0.6290600299835205, 0.12837915122509003))
         signed = tl.where(large, magnitude * -1.0, x)
         r = tl.fma(r, signed, signed)
-        power = tl.inline_asm_elementwise("ex2.approx.ftz.f32 $0, $1;", "=f,f", [r], tl.float32, is_pure=True, pack=1)
-        tail = 1.0 - power
+        tail = 1.0 - power_estimate(r)
         return tl.where(large, tl.where(x < 0, tail * -1.0, tail), r)
 
     @triton.jit
-    def gelu(x):
-        """x / 2 * (1 + erf(x / sqrt(2))) of a f32 tile: ATen's GeluCUDAKernelImpl."""
-        scaled = x * 0.7071067811865476
-        if NEWER_ERF:
-            error = erf(scaled)
-        else:
-            error = libdevice.erf(scaled)
-        return x * 0.5 * (1.0 + error)
+    def fma_by(x, y, addend: tl.constexpr):
+        return tl.fma(x, y, tl.full(x.shape, addend, tl.float32))
 
     @triton.jit
-    def gelu_tanh(x):
+    def from_tail(tail, x):
+        """(1 + f) / 2 of a function f with the sign of x, from (1 - |f|) / 2, with the rounding errors of f and of the sum."""
+        return tl.inline_asm_elementwise(
+            "{ .reg .f32 f; sub.rn.f32 f, 0f3f000000, $1; copysign.f32 f, $2, f; add.rn.f32 $0, f, 0f3f000000; }",
+            "=f,f,f",
+            [tail, x],
+            tl.float32,
+            is_pure=True,
+            pack=1,
+        )
+
+    @triton.jit
+    def gelu(x, TO: tl.constexpr):
+        """x / 2 * (1 + erf(x / sqrt(2))) of a f32 tile: ATen's GeluCUDAKernelImpl."""
+        if TO == "bf16" and NEWER_ERF:
+            # log2((1 - erf(a / sqrt(2))) / 2), by least squares for a to 5.7, where the last bit of 1 - erf is lost.
+            a = magnitude(x)
+            r = tl.full(x.shape, -1.771743995959696e-06, tl.float32)
+            r = fma_by(r, a, 6.035297701600939e-05)
+            r = fma_by(r, a, -0.0009207596885971725)
+            r = fma_by(r, a, 0.00846925750374794)
+            r = fma_by(r, a, -0.05387924984097481)
+            r = fma_by(r, a, -0.4585495889186859)
+            r = fma_by(r, a, -1.1512125730514526)
+            active = x * from_tail(power_estimate(fma_by(r, a, -1.0)), x)
+        else:
+            scaled = x * 0.7071067811865476
+            if NEWER_ERF:
+                error = erf(scaled)
+            else:
+                error = libdevice.erf(scaled)
+            active = x * 0.5 * (1.0 + error)
+        return active
+
+    @triton.jit
+    def gelu_tanh(x, TO: tl.constexpr):
         """x / 2 * (1 + tanh(sqrt(2 / pi) * (x + 0.044715 x^3))) of a f32 tile: ATen's GeluCUDAKernelImpl.
 
         The compiler of that kernel contracts the sum and the product with 0.044715 to one fma.
         """
-        inner = tl.fma(x * x * x, tl.full(x.shape, 0.044715, tl.float32), x) * 0.7978845608028654
-        return x * 0.5 * (1.0 + libdevice.tanh(inner))
+        if TO == "bf16":
+            # (1 - tanh(a)) / 2 = 1 / (1 + exp(2a)), with exp as a power of two.
+            doubled = fma_by(x * x, tl.full(x.shape, 0.1029432395800235, tl.float32), 2.302208198144325) * x
+            active = x * from_tail(reciprocal_estimate(1.0 + power_estimate(magnitude(doubled))), x)
+        else:
+            inner = tl.fma(x * x * x, tl.full(x.shape, 0.044715, tl.float32), x) * 0.7978845608028654
+            active = x * 0.5 * (1.0 + libdevice.tanh(inner))
+        return active
 
     @triton.jit
     def times(x, y):
@@ -347,7 +403,7 @@ else:
 
         One Newton step from the instruction's approximation, as CUDA's own __frcp_rn takes where no exponent is extreme.
         """
-        r = tl.inline_asm_elementwise("rcp.approx.ftz.f32 $0, $1;", "=f,f", [s], tl.float32, is_pure=True, pack=1)
+        r = reciprocal_estimate(s)
         return tl.fma(tl.fma(finite * -1.0, r, tl.full(s.shape, 1.0, tl.float32)), r, r)
 
     @triton.jit

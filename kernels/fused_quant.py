@@ -22,7 +22,6 @@ from .arithmetic import (
     rounds_to,
     sigmoid,
     silu,
-    silu_of_bf16,
     sum_of_squares,
     times,
     whole_amax,
@@ -88,8 +87,8 @@ def normalized(x, factor, weight, PROLOGUE: tl.constexpr):
 
 
 @triton.jit
-def gated_activation(gate, up, OF_BF16: tl.constexpr, PROLOGUE: tl.constexpr):
-    """activation(gate) * up, bounded, shifted and rounded where the spec says; gate is f32, and OF_BF16 if it was bf16."""
+def gated_activation(gate, up, OF: tl.constexpr, PROLOGUE: tl.constexpr):
+    """activation(gate) * up, bounded, shifted and rounded where the spec says; gate is f32, with values of the dtype OF."""
     ACTIVATION: tl.constexpr = named(PROLOGUE, "activation")
     LIMIT: tl.constexpr = named(PROLOGUE, "limit")
     OFFSET: tl.constexpr = named(PROLOGUE, "offset")
@@ -98,22 +97,23 @@ def gated_activation(gate, up, OF_BF16: tl.constexpr, PROLOGUE: tl.constexpr):
     PRODUCT_ROUNDING: tl.constexpr = named(PROLOGUE, "product_rounding")
     if LIMIT is not None:
         gate = tl.where(gate > LIMIT, LIMIT, gate)
-    if ACTIVATION == "silu" and OF_BF16 and INNER_ROUNDING == "bf16":
-        active = silu_of_bf16(gate)
-    elif ACTIVATION == "silu":
-        active = silu(gate)
+    NEXT_ROUNDING: tl.constexpr = PRODUCT_ROUNDING if up is None else INNER_ROUNDING
+    TO: tl.constexpr = NEXT_ROUNDING if rounds_to(NEXT_ROUNDING, OF) else None
+    if ACTIVATION == "silu":
+        active = silu(gate, TO)
     elif ACTIVATION == "sigmoid_product":
         scaled = gate
         if named(PROLOGUE, "alpha") != 1.0:
             scaled = round_to(gate * named(PROLOGUE, "alpha"), SIGMOID_ROUNDING)
-        active = gate * round_to(sigmoid(scaled), SIGMOID_ROUNDING)
+        TO_SIGMOID: tl.constexpr = SIGMOID_ROUNDING if rounds_to(SIGMOID_ROUNDING, OF) else None
+        active = gate * round_to(sigmoid(scaled, TO_SIGMOID), SIGMOID_ROUNDING)
     elif ACTIVATION == "sigmoid":
-        active = sigmoid(gate)
+        active = sigmoid(gate, TO)
     elif ACTIVATION == "gelu":
-        active = gelu(gate)
+        active = gelu(gate, TO)
     else:
         tl.static_assert(ACTIVATION == "gelu_tanh")
-        active = gelu_tanh(gate)
+        active = gelu_tanh(gate, TO)
     if up is not None:
         if LIMIT is not None or OFFSET != 0.0:
             up = cast(up, tl.float32)
@@ -224,12 +224,13 @@ def prologue_value(
     N: tl.constexpr,
     GROUP: tl.constexpr,
     WARPS: tl.constexpr,
-    OF_BF16: tl.constexpr,
+    ESTIMATES: tl.constexpr,
     PROLOGUE: tl.constexpr,
 ):
     """What is quantized, in float32, of a tile x of (rows, groups, lanes); a norm's is of whole rows and stores its residual sum."""
     KIND: tl.constexpr = named(PROLOGUE, "kind")
     RESIDUAL: tl.constexpr = KIND == "norm" and named(PROLOGUE, "gate") is None and other_ptr is not None
+    OF: tl.constexpr = x.dtype if ESTIMATES else tl.float32
     if RESIDUAL:
         x = residual_sum(x, other_ptr, sum_ptr, other_at, out_at, mask, named(PROLOGUE, "sum_rounding"))
     else:
@@ -243,15 +244,15 @@ def prologue_value(
         if GATE is not None:
             gate = widened(load(other_ptr + other_at, mask))
             if GATE == "silu":
-                gate = silu(gate)
+                gate = silu(gate, None)
             else:
-                gate = sigmoid(gate)
+                gate = sigmoid(gate, None)
             x = round_to(x * gate, named(PROLOGUE, "gated_rounding"))
     if KIND == "gated":
         up = None
         if other_ptr is not None:
             up = load(other_ptr + other_at, mask)
-        x = gated_activation(x, up, OF_BF16, PROLOGUE)
+        x = gated_activation(x, up, OF, PROLOGUE)
     return x
 
 
@@ -349,7 +350,7 @@ def fused_quant_kernel(
     STEPS: tl.constexpr,
     LATE_WEIGHT: tl.constexpr,
     WARPS: tl.constexpr,
-    OF_BF16: tl.constexpr,
+    ESTIMATES: tl.constexpr,
     PEAK: tl.constexpr,
     PROLOGUE: tl.constexpr,
     PROGRAM: tl.constexpr,
@@ -422,7 +423,7 @@ def fused_quant_kernel(
             N,
             GROUP,
             WARPS,
-            OF_BF16,
+            ESTIMATES,
             PROLOGUE,
         )
         if PEAK == "store":

@@ -273,14 +273,24 @@ def test_every_reciprocal_is_correctly_rounded():
 
 
 @pytest.mark.parametrize("dtype", [BF16, F16], ids=str)
-def test_silu_of_every_16_bit_value(dtype, device):
+@pytest.mark.parametrize("gated", [True, False], ids=["gated", "alone"])
+@pytest.mark.filterwarnings("ignore:invalid value")  # infinite gates times zero
+@pytest.mark.parametrize("activation", Activation, ids=lambda activation: activation.value)
+def test_an_activation_of_every_16_bit_value(activation, gated, dtype, device):
     every = torch.arange(65536, device=device).to(torch.int32).to(torch.uint16).view(dtype)
     gate = every.reshape(512, 128)
-    spec = FusedSpec(GatedActivation(activated=dtype, product=dtype), Quantizer.dynamic(group=32), value_output=dtype)
-    result = compare(
-        launch(spec, gate, torch.ones_like(gate), None), reference(spec, gate, torch.ones_like(gate), None)
-    )
+    prologue = GatedActivation(activation, activated=dtype, product=dtype, inner=dtype, gated=gated)
+    spec = FusedSpec(prologue, Quantizer.dynamic(group=32), value_output=dtype)
+    up = torch.ones_like(gate) if gated else None
+    result = compare(launch(spec, gate, up, None), reference(spec, gate, up, None))
     assert result.equal, result
+
+
+def test_a_bound_that_is_no_value_of_the_gate(device):
+    gate = torch.full((2, 128), 8.0, dtype=BF16, device=device)
+    prologue = GatedActivation(activated=BF16, product=BF16, limit=0.7 + 2**-12, gated=False)
+    spec = FusedSpec(prologue, Quantizer.dynamic(group=32), value_output=BF16)
+    assert compare(launch(spec, gate), reference(spec, gate)).equal
 
 
 def test_reference_is_eager_code(device):
