@@ -195,9 +195,29 @@ else:
 
     @triton.jit
     def over_one_plus_exp(y, x):
-        """y / (1 + exp(-x)), with exp(80) for larger ones: such quotients are zero in f16, and the divisor is finite."""
-        divisor = 1.0 + libdevice.exp(tl.minimum(x * -1.0, 80.0))
-        return corrected_product(y, reciprocal_estimate(divisor), divisor)
+        """y / (1 + exp(-x)) to the last bit of f32 or the one before: a product and one correction by its residual.
+
+        Where y or the divisor is infinite the residual is NaN, and a large number instead of it changes nothing.
+        """
+        divisor = 1.0 + libdevice.exp(-x)
+        return tl.inline_asm_elementwise(
+            """
+            {
+                .reg .f32 q, e, t;
+                mul.rn.f32 q, $1, $2;
+                neg.f32 t, $1;
+                fma.rn.f32 e, q, $3, t;
+                min.f32 e, e, 0f7149f2ca;
+                neg.f32 t, $2;
+                fma.rn.f32 $0, e, t, q;
+            }
+            """,
+            "=f,f,f,f",
+            [y, reciprocal_estimate(divisor), divisor],
+            tl.float32,
+            is_pure=True,
+            pack=1,
+        )
 
     @triton.jit
     def silu(x, TO: tl.constexpr):
@@ -262,15 +282,16 @@ else:
     def gelu(x, TO: tl.constexpr):
         """x / 2 * (1 + erf(x / sqrt(2))) of a f32 tile: ATen's GeluCUDAKernelImpl."""
         if TO == "bf16" and NEWER_ERF:
-            # log2((1 - erf(a / sqrt(2))) / 2), by least squares for a to 5.7, where the last bit of 1 - erf is lost.
+            # log2((1 - erf(a / sqrt(2))) / 2) by weighted least squares, from 1.42 on as CUDA's erff has it: its error shows in 1 - erf.
             a = magnitude(x)
-            r = tl.full(x.shape, -1.771743995959696e-06, tl.float32)
-            r = fma_by(r, a, 6.035297701600939e-05)
-            r = fma_by(r, a, -0.0009207596885971725)
-            r = fma_by(r, a, 0.00846925750374794)
-            r = fma_by(r, a, -0.05387924984097481)
-            r = fma_by(r, a, -0.4585495889186859)
-            r = fma_by(r, a, -1.1512125730514526)
+            r = tl.full(x.shape, -2.5631763378441974e-07, tl.float32)
+            r = fma_by(r, a, -3.563212658264092e-06)
+            r = fma_by(r, a, 0.00010084379027830437)
+            r = fma_by(r, a, -0.0011290707625448704)
+            r = fma_by(r, a, 0.00895409844815731)
+            r = fma_by(r, a, -0.05443603917956352)
+            r = fma_by(r, a, -0.4582582712173462)
+            r = fma_by(r, a, -1.1512622833251953)
             active = x * from_tail(power_estimate(fma_by(r, a, -1.0)), x)
         else:
             scaled = x * 0.7071067811865476
