@@ -181,7 +181,7 @@ else:
 
     # Activations: TO is the 16-bit type, by name, whose values x holds and to which the result is rounded. Where few and
     # approximate instructions give the same result for each of its 65536 values, they are taken; the tests compare them on
-    # the device at hand. With None they are those of ATen's kernels, which are compiled without fast math.
+    # the device at hand. With None the result is in f32 that of ATen's kernels, which are compiled without fast math.
 
     @triton.jit
     def power_estimate(x):
@@ -194,12 +194,17 @@ else:
         return tl.inline_asm_elementwise("rcp.approx.ftz.f32 $0, $1;", "=f,f", [x], tl.float32, is_pure=True, pack=1)
 
     @triton.jit
-    def over_one_plus_exp(y, x):
-        """y / (1 + exp(-x)) to the last bit of f32 or the one before: a product and one correction by its residual.
+    def over_one_plus_exp(y, x, TO: tl.constexpr):
+        """The correctly rounded y / (1 + exp(-x)), of which f16 has no values where the divisor's reciprocal is subnormal.
 
-        Where y or the divisor is infinite the residual is NaN, and a large number instead of it changes nothing.
+        A product and one correction by its residual, as in :func:`corrected_product`. Where y or the divisor is infinite
+        the residual is NaN, and a large number instead of it changes nothing.
         """
         divisor = 1.0 + libdevice.exp(-x)
+        if TO is None:
+            shift = tl.where(divisor > 1.2676506002282294e30, 5.421010862427522e-20, 1.0)
+            divisor *= shift
+            y *= shift
         return tl.inline_asm_elementwise(
             """
             {
@@ -224,10 +229,8 @@ else:
         """x / (1 + exp(-x)) of a f32 tile: ATen's silu_kernel on CUDA."""
         if TO == "bf16":
             active = x * sigmoid(x, TO)
-        elif TO == "f16":
-            active = over_one_plus_exp(x, x)
         else:
-            active = tl.math.div_rn(x, 1.0 + libdevice.exp(-x))
+            active = over_one_plus_exp(x, x, TO)
         return active
 
     @triton.jit
@@ -238,10 +241,8 @@ else:
             scale = tl.full(x.shape, 0.00390625, tl.float32)
             divisor = tl.fma(power_estimate(x * -1.4426950408889634), scale, scale)
             result = reciprocal_estimate(divisor) * 0.00390625
-        elif TO == "f16":
-            result = over_one_plus_exp(tl.full(x.shape, 1.0, tl.float32), x)
         else:
-            result = tl.math.div_rn(tl.full(x.shape, 1.0, tl.float32), 1.0 + libdevice.exp(-x))
+            result = over_one_plus_exp(tl.full(x.shape, 1.0, tl.float32), x, TO)
         return result
 
     @triton.jit
@@ -267,16 +268,14 @@ else:
         return tl.fma(x, y, tl.full(x.shape, addend, tl.float32))
 
     @triton.jit
+    def with_sign_of(x, y):
+        """y with the sign of x."""
+        return tl.inline_asm_elementwise("copysign.f32 $0, $1, $2;", "=f,f,f", [x, y], tl.float32, is_pure=True, pack=1)
+
+    @triton.jit
     def from_tail(tail, x):
         """(1 + f) / 2 of a function f with the sign of x, from (1 - |f|) / 2, with the rounding errors of f and of the sum."""
-        return tl.inline_asm_elementwise(
-            "{ .reg .f32 f; sub.rn.f32 f, 0f3f000000, $1; copysign.f32 f, $2, f; add.rn.f32 $0, f, 0f3f000000; }",
-            "=f,f,f",
-            [tail, x],
-            tl.float32,
-            is_pure=True,
-            pack=1,
-        )
+        return with_sign_of(x, 0.5 - tail) + 0.5
 
     @triton.jit
     def gelu(x, TO: tl.constexpr):
@@ -303,6 +302,16 @@ else:
         return active
 
     @triton.jit
+    def tanh(x):
+        """tanhf of CUDA's math library, without its branch: a tile's values take both ways."""
+        square = x * x
+        r = fma_by(tl.full(x.shape, 0.01573968306183815, tl.float32), square, -0.05230396240949631)
+        r = fma_by(fma_by(r, square, 0.13315297663211823), square, -0.33332768082618713)
+        near_zero = tl.fma(r * square, x, x)
+        tail = reciprocal_estimate(1.0 + power_estimate(magnitude(x) * 2.885390043258667))
+        return tl.where(tl.abs(x) < 0.6000000238418579, near_zero, with_sign_of(x, 1.0 - 2.0 * tail))
+
+    @triton.jit
     def gelu_tanh(x, TO: tl.constexpr):
         """x / 2 * (1 + tanh(sqrt(2 / pi) * (x + 0.044715 x^3))) of a f32 tile: ATen's GeluCUDAKernelImpl.
 
@@ -314,7 +323,7 @@ else:
             active = x * from_tail(reciprocal_estimate(1.0 + power_estimate(magnitude(doubled))), x)
         else:
             inner = tl.fma(x * x * x, tl.full(x.shape, 0.044715, tl.float32), x) * 0.7978845608028654
-            active = x * 0.5 * (1.0 + libdevice.tanh(inner))
+            active = x * 0.5 * (1.0 + tanh(inner))
         return active
 
     @triton.jit

@@ -286,6 +286,35 @@ def test_an_activation_of_every_16_bit_value(activation, gated, dtype, device):
     assert result.equal, result
 
 
+@triton.jit
+def activations(x_ptr, out_ptr, NAME: tl.constexpr, SIZE: tl.constexpr):
+    at = tl.program_id(0) * SIZE + tl.arange(0, SIZE)
+    x = tl.load(x_ptr + at)
+    if NAME == "silu":
+        y = arithmetic.silu(x, None)
+    elif NAME == "sigmoid":
+        y = arithmetic.sigmoid(x, None)
+    elif NAME == "gelu":
+        y = arithmetic.gelu(x, None)
+    else:
+        y = arithmetic.gelu_tanh(x, None)
+    tl.store(out_ptr + at, y)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="quotients and functions are the GPU's")
+@pytest.mark.parametrize("name", ["silu", "sigmoid", "gelu", "gelu_tanh"])
+def test_an_activation_of_every_f32_value(name):
+    gelu = torch.nn.functional.gelu
+    eager = {"silu": torch.nn.functional.silu, "sigmoid": torch.sigmoid, "gelu": gelu}
+    low = torch.arange(1 << 26, device="cuda", dtype=torch.int32)
+    for high in range(64):
+        x = (low | high - 32 << 26).view(F32)
+        found, wanted = torch.empty_like(x), eager.get(name, lambda x: gelu(x, approximate="tanh"))(x)
+        activations[(x.numel() // 1024,)](x, found, name, 1024)
+        wrong = (found.view(torch.int32) != wanted.view(torch.int32)) & ~(found.isnan() & wanted.isnan())
+        assert not wrong.any(), (name, int(wrong.sum()), x[wrong][:5], found[wrong][:5], wanted[wrong][:5])
+
+
 def test_a_bound_that_is_no_value_of_the_gate(device):
     gate = torch.full((2, 128), 8.0, dtype=BF16, device=device)
     prologue = GatedActivation(activated=BF16, product=BF16, limit=0.7 + 2**-12, gated=False)
