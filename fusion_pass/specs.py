@@ -338,6 +338,11 @@ class Quantizer:
         return self.code if self.e2m1 is None else torch.uint8
 
     @property
+    def least(self) -> float | None:
+        """The lower bound of the values before the cast, or None for no bounds."""
+        return -self.clamp if self.clamp_low is None and self.clamp is not None else self.clamp_low
+
+    @property
     def needs_amax(self) -> bool:
         """Whether any term reads the amax; a calibrated scale needs none."""
         terms = [t for t in (self.factor, self.scale) if t is not None]

@@ -420,16 +420,32 @@ def _prologue_constants(spec: FusedSpec) -> dict[str, Any]:
 
 
 @cache
+def _whole(quantizer: Quantizer) -> str | None:
+    """How quotients become whole numbers, if they do; ``int8`` for the nearest even one within bounds that int8 holds."""
+    if quantizer.rounding is Rounding.CAST:
+        return None
+    low, high = quantizer.least, quantizer.clamp
+    if (
+        quantizer.rounding is Rounding.NEAREST_EVEN
+        and quantizer.code is torch.int8
+        and low is not None
+        and high is not None
+    ):
+        held = -128 <= low <= 0 <= high <= 127 and low == int(low) and high == int(high)
+        return "int8" if held else "nearest_even"
+    return quantizer.rounding.name.lower()
+
+
 def quantizer_constants(quantizer: Quantizer) -> dict[str, Any]:
     """The compile-time arguments that follow from the quantizer alone."""
     codes = {
         "divides": quantizer.divides,
         "ordinary": _ordinary(quantizer),
         "quotient_rounding": DTYPE_NAMES[quantizer.quotient],
-        "whole": None if quantizer.rounding is Rounding.CAST else quantizer.rounding.value,
+        "whole": _whole(quantizer),
         "adds_zero": quantizer.adds_zero,
         "clamp": None if _cast_clamps(quantizer) else quantizer.clamp,
-        "clamp_low": quantizer.clamp_low if quantizer.clamp_low is not None else -(quantizer.clamp or 0.0),
+        "clamp_low": quantizer.least,
         "largest": _LARGEST.get(quantizer.code),
         "overflow": overflow(quantizer),
         "ties": None if quantizer.e2m1 is None else quantizer.e2m1.ties.value,

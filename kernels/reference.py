@@ -146,8 +146,7 @@ def _quantize(quantizer: Quantizer, value: torch.Tensor, given: torch.Tensor | N
     if quantizer.adds_zero:
         quotient = quotient + 0.0
     if quantizer.clamp is not None:
-        low = -quantizer.clamp if quantizer.clamp_low is None else quantizer.clamp_low
-        quotient = quotient.clamp(low, quantizer.clamp)
+        quotient = quotient.clamp(quantizer.least, quantizer.clamp)
     if quantizer.e2m1 is None:
         outputs = [quotient.to(quantizer.code).reshape(value.shape).contiguous()]
     else:

@@ -236,6 +236,21 @@ def test_an_unclamped_cast_overflows_as_eager_code_does(code, device):
     assert compare(result, [x.to(code), torch.ones(2, 1, device=device)]).equal
 
 
+@pytest.mark.filterwarnings("ignore:invalid value encountered in cast")
+@pytest.mark.parametrize(("low", "high"), [(-127.0, 127.0), (-128.0, 127.0), (-7.0, 8.0), (-7.5, 7.5), (0.0, 127.0)])
+def test_int8_codes_next_to_every_tie_and_of_no_number(low, high, device):
+    """A scale of 1, so that the values are the quotients."""
+    ties = torch.arange(-131, 131, 0.5, device=device)
+    near = [ties, torch.nextafter(ties, ties + 1), torch.nextafter(ties, ties - 1), -ties * 2.0**30, ties * 2.0**-30]
+    odd = torch.tensor([float("nan"), -float("nan"), float("inf"), -float("inf")], device=device)
+    x = torch.cat([*near, odd, torch.zeros(-(5 * len(ties) + 4) % 128, device=device)]).reshape(-1, 128)
+    quantizer = Quantizer.static(torch.int8, clamp=high, clamp_low=low, rounding=Rounding.NEAREST_EVEN)
+    spec, one = FusedSpec(NoPrologue(), quantizer), torch.ones(1, device=device)
+    wanted = x.round().clamp(low, high).to(torch.int8)
+    assert compare(launch(spec, x, given=one), [wanted]).equal
+    assert compare(reference(spec, x, given=one), [wanted]).equal
+
+
 @pytest.mark.parametrize("eps", [0.0, 1e-40])
 def test_norms_of_subnormal_means(eps, device):
     """x² is a subnormal or the least normal number, and its sum over few values exact."""
