@@ -419,23 +419,18 @@ def _prologue_constants(spec: FusedSpec) -> dict[str, Any]:
     return {"kind": "none"}
 
 
-@cache
 def _whole(quantizer: Quantizer) -> str | None:
     """How quotients become whole numbers, if they do; ``int8`` for the nearest even one within bounds that int8 holds."""
+    low, high = quantizer.least, quantizer.clamp
     if quantizer.rounding is Rounding.CAST:
         return None
-    low, high = quantizer.least, quantizer.clamp
-    if (
-        quantizer.rounding is Rounding.NEAREST_EVEN
-        and quantizer.code is torch.int8
-        and low is not None
-        and high is not None
-    ):
-        held = -128 <= low <= 0 <= high <= 127 and low == int(low) and high == int(high)
-        return "int8" if held else "nearest_even"
-    return quantizer.rounding.name.lower()
+    int8 = quantizer.rounding is Rounding.NEAREST_EVEN and quantizer.code is torch.int8
+    if int8 and low is not None and high is not None and -128 <= low <= 0 <= high <= 127 and low % 1 == high % 1 == 0:
+        return "int8"
+    return str(quantizer.rounding.value)
 
 
+@cache
 def quantizer_constants(quantizer: Quantizer) -> dict[str, Any]:
     """The compile-time arguments that follow from the quantizer alone."""
     codes = {
