@@ -96,7 +96,10 @@ def _tiles(spec: FusedSpec, groups: int, lanes: int, amount: Amount) -> LaunchCo
     """Of a few whole groups; of several rows where scales of neighbouring rows are neighbours in memory."""
     few, gated = amount is Amount.FEW, isinstance(spec.prologue, GatedActivation)
     values, rows, per_thread = _TILE_VALUES, 1, 8 if few or gated else 16
-    if spec.layout is not ScaleLayout.ROW and gated:
+    if spec.layout is ScaleLayout.PACKED and not (few and gated):
+        # Four neighbours in a row are one word, and a tile with all of them writes it at once.
+        per_thread = 16
+    elif spec.layout is not ScaleLayout.ROW and gated:
         rows, per_thread = 2, 8 if few else 16
     elif spec.layout is not ScaleLayout.ROW:
         values, rows, per_thread = 2 * _TILE_VALUES, 8, 16
@@ -121,13 +124,15 @@ def _values_per_thread(spec: FusedSpec, row: int, values: int, amount: Amount) -
     few, wasteful = amount is Amount.FEW, row <= values * 3 // 4
     if isinstance(spec.prologue, GatedActivation):
         if few or (values == 8192 and amount is Amount.UNKNOWN):
-            return 8 if values < 8192 else 16
+            return 8 if values < 8192 else 16 if values == 8192 else 32
         return 16 if values < 8192 else 64 if values == 8192 and wasteful else 32
-    if values < 8192 or (values == 8192 and few):
+    if few and values <= 8192:
+        # Eight warps, unless that leaves a thread less than a vector.
+        return max(8, values // 256)
+    sums = isinstance(spec.prologue, RMSNorm) and spec.prologue.residual_sum is not None
+    if values < 8192 or (values == 8192 and not wasteful and not sums):
         return 32
-    if not isinstance(spec.prologue, RMSNorm):
-        return 32 if values == 8192 and not wasteful else 64
-    return 128 if values > 8192 and spec.prologue.residual_sum is not None else 64
+    return 128 if values > 8192 and sums else 64
 
 
 def _amount(rows: Any, row: int) -> Amount:
