@@ -77,6 +77,7 @@ __all__ = [
     "parse_schema",
     "real_tensors",
     "realize_kernel_inputs",
+    "remember_accesses",
     "remove_pass",
     "request_constants",
     "restore_launches",
@@ -95,6 +96,9 @@ SCHEDULE = "_pre_fusion_custom_pass"
 _LOWERING = "torch._inductor.lowering"
 _COPY = torch.ops.aten._to_copy.default
 _TRITON_NODES = "torch._higher_order_ops.triton_kernel_wrap"
+# By the names it has had, the newest first.
+_FIND_ACCESSES = ("identify_accessed_tensors", "identify_mutated_tensors")
+_KERNELS = f"{__package__}.kernels."
 _STATIC_LAUNCH = "static_launch_user_defined_triton_kernels"
 _STATIC_LAUNCH_VARIABLE = "TORCHINDUCTOR_STATIC_LAUNCH_USER_DEFINED_TRITON_KERNELS"
 
@@ -281,6 +285,50 @@ def lower_copies(wanted: bool) -> bool:
     elif not wanted:
         lowerings.pop(_COPY, None)
     return before
+
+
+def remember_accesses(wanted: bool) -> bool:
+    """Whether it is found once for like launches of our kernels what they read and write; returns what was.
+
+    To find out, Inductor compiles a kernel to Triton's first representation for each launch, twice: 40 ms each time. A torch
+    that has another name for that goes on doing so.
+    """
+    module = importlib.import_module(_TRITON_NODES)
+    name = next((name for name in _FIND_ACCESSES if hasattr(module, name)), None)
+    if name is None:
+        return False
+    current = getattr(module, name)
+    before = isinstance(current, _Accesses)
+    if wanted and not before:
+        setattr(module, name, _Accesses(current))
+    elif before and not wanted:
+        setattr(module, name, current.find)
+    return before
+
+
+class _Accesses:
+    """``find(kernel, arguments, descriptors)``, with the results for our kernels kept: they depend on no value at run time."""
+
+    def __init__(self, find: Callable[..., Any]) -> None:
+        self.find = find
+        self.found: dict[Any, Any] = {}
+
+    def __call__(self, kernel: Any, arguments: dict[str, Any], descriptors: Any) -> Any:
+        # A kernel has its function as `fn`, and the autotuner around one has the kernel.
+        function = getattr(kernel.fn, "fn", kernel.fn)
+        if descriptors or not (getattr(function, "__module__", None) or "").startswith(_KERNELS):
+            return self.find(kernel, arguments, descriptors)
+        key = (function, frozenset((name, _kind(value)) for name, value in arguments.items()))
+        if key not in self.found:
+            self.found[key] = self.find(kernel, arguments, descriptors)
+        return self.found[key]
+
+
+def _kind(value: Any) -> Any:
+    """What of a kernel's argument Triton compiles in: a tensor's dtype, Inductor's or torch's, or any other value."""
+    if isinstance(value, torch.Tensor):
+        return value.dtype
+    return value.get_dtype() if hasattr(value, "get_dtype") else (type(value), str(value))
 
 
 def launch_kernels_statically() -> tuple[Previous, str | None]:

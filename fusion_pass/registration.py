@@ -78,6 +78,7 @@ def _install() -> None:
         for slot, graph_pass in _passes(wanted[-1].devices, wanted[-1].strict):
             undo.callback(inductor.remove_pass, slot, graph_pass, inductor.add_pass(slot, graph_pass))
         undo.callback(inductor.realize_kernel_inputs, inductor.realize_kernel_inputs(True))
+        undo.callback(inductor.remember_accesses, inductor.remember_accesses(True))
         if not inductor.KEEPS_ROUNDINGS:
             undo.callback(inductor.lower_copies, inductor.lower_copies(True))
         undo.callback(inductor.restore_launches, inductor.launch_kernels_statically())

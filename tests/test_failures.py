@@ -352,7 +352,13 @@ def test_unregister_restores_every_setting(realized, static):
     inductor.realize_kernel_inputs(was)
 
 
-STEPS = [("add_pass", 0), ("add_pass", 2), ("realize_kernel_inputs", 0), ("launch_kernels_statically", 0)]
+STEPS = [
+    ("add_pass", 0),
+    ("add_pass", 2),
+    ("realize_kernel_inputs", 0),
+    ("remember_accesses", 0),
+    ("launch_kernels_statically", 0),
+]
 
 
 @pytest.mark.parametrize(("name", "successes"), STEPS)

@@ -5,6 +5,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from torch._dynamo.device_interface import CudaInterface
+from torch._higher_order_ops import triton_kernel_wrap
 from torch._inductor import compile_fx, config, scheduler
 from torch._inductor.debug import DebugContext
 from torch._inductor.graph import GraphLowering
@@ -112,3 +113,28 @@ def test_layers_are_as_far_apart_as_without_the_pass():
     assert len(fused) <= len(plain) - 4 * 5
     spans = [orders[-1] - orders[0] for orders in products]
     assert abs(spans[0] - spans[1]) <= 4, products
+
+
+@pytest.mark.usefixtures("_pretended_gpu")
+def test_what_a_kernel_reads_and_writes_is_found_once_for_like_layers(monkeypatch):
+    found, original = [], triton_kernel_wrap.generate_ttir
+    monkeypatch.setattr(triton_kernel_wrap, "generate_ttir", lambda *given: found.append(given) or original(*given))
+    width = 64
+    weights = [torch.ones(width, width).to(spelled.E4M3) for _ in range(3)]
+    numbers = []
+    for depth in (2, 6):
+        norms = [torch.ones(width, dtype=BF16) for _ in range(depth)]
+        found.clear()
+        with fusion_pass.enabled(strict=True):
+            scheduled(layers, torch.randn(32, width).to(BF16), norms, weights, torch.ones(1, width))
+        numbers.append(len(found))
+    # The first norm has no residual.
+    assert numbers == [2, 2]
+
+
+def test_torch_finds_accesses_itself_after_registration():
+    name = next(name for name in inductor._FIND_ACCESSES if hasattr(triton_kernel_wrap, name))
+    before = getattr(triton_kernel_wrap, name)
+    with fusion_pass.enabled():
+        assert getattr(triton_kernel_wrap, name) is not before
+    assert getattr(triton_kernel_wrap, name) is before
