@@ -54,9 +54,22 @@ from warming import SECONDS_PER_TASK, Warmer, default_processes, threads_each
 from workloads import Workload, workloads
 
 WITHOUT, WITH = "without", "with"
-DEFAULT, GRAPHS = "default", "reduce-overhead"
+DEFAULT, GRAPHS, TUNED, TUNED_GRAPHS = "default", "reduce-overhead", "tuned", "tuned-reduce-overhead"
+
+
+def _tuning(wanted: bool) -> dict[str, Any]:
+    """torchao's quantize_ switches these on for the whole process, so that a mode says what it has."""
+    return {"coordinate_descent_tuning": wanted, "coordinate_descent_check_all_directions": wanted}
+
+
+_WITH_GRAPHS = {"triton.cudagraphs": True}
 # What torch.compile's modes set in Inductor; as options both backends take them alike.
-MODES: dict[str, dict[str, Any]] = {DEFAULT: {}, GRAPHS: {"triton.cudagraphs": True}}
+MODES: dict[str, dict[str, Any]] = {
+    DEFAULT: _tuning(False),
+    GRAPHS: _tuning(False) | _WITH_GRAPHS,
+    TUNED: _tuning(True),
+    TUNED_GRAPHS: _tuning(True) | _WITH_GRAPHS,
+}
 # By the beginning of their names; what a run measures first, for it may be cut off.
 _FIRST = (
     ("llama prefill", DEFAULT),
@@ -131,7 +144,7 @@ def compiled_step(workload: Workload, name: str, mode: str, device: str) -> Call
         if device == "cuda"
         else {WITHOUT: "aot_eager", WITH: "fusion_pass_eager"}
     )
-    options = {"options": MODES[mode]} if device == "cuda" and MODES[mode] else {}
+    options = {"options": MODES[mode]} if device == "cuda" else {}
     compiled = torch.compile(workload.subject, backend=backends[name], dynamic=False, **options)
 
     def step() -> Any:
@@ -221,7 +234,7 @@ def _measure(workload: Workload, result: Measurement, runs: int, device: str) ->
         _time(steps, result, runs, device)
     with result.spending("profiling"):
         _profile(steps, result, workload.layers, device)
-        if device == "cuda" and result.mode == DEFAULT:
+        if device == "cuda" and result.mode in (DEFAULT, TUNED):
             result.peak_mib = {name: _peak(step) for name, step in steps.items()}
 
 
@@ -501,7 +514,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--layers", type=int, default=4)
     parser.add_argument("--only", nargs="+", default=[""], help="workloads whose name has one of these in it")
-    parser.add_argument("--mode", nargs="+", choices=MODES, default=list(MODES))
+    parser.add_argument(
+        "--mode", nargs="+", choices=MODES, default=[DEFAULT, GRAPHS], help="tuning takes minutes a model"
+    )
     parser.add_argument("--runs", type=int, default=30, help="turns that are timed of each")
     parser.add_argument("--json", type=Path, help="append each measurement to this file, a line of JSON each")
     parser.add_argument("--resume", action="store_true", help="leave out what is in the file already")
