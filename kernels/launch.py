@@ -364,7 +364,8 @@ def rows_of(x: torch.Tensor) -> tuple[torch.Tensor, int]:
 def _cast_clamps(quantizer: Quantizer) -> bool:
     """Whether the device's cast clamps to the bounds by itself; the interpreter's cast is PyTorch's, which may not."""
     if quantizer.e2m1 is not None:
-        return quantizer.clamp is not None and quantizer.clamp >= 6.0 and (quantizer.clamp_low or -6.0) <= -6.0
+        low, high = quantizer.least, quantizer.clamp
+        return low is not None and high is not None and low <= -6.0 and high >= 6.0
     emulated = quantizer.code in (torch.int8, torch.float8_e4m3fnuz)
     if INTERPRETED or emulated or quantizer.clamp_low is not None:
         return False

@@ -1,5 +1,6 @@
 """MX and NVFP4 blocks: kernels against the reference, the reference against exact arithmetic and torchao, byte for byte."""
 
+import dataclasses
 import itertools
 import random
 
@@ -104,6 +105,13 @@ def test_every_fp4_code_and_midpoint(ties, sign, device):
     x = torch.nn.functional.pad(values, (0, 256 - values.numel())).reshape(-1, 16)
     x = torch.cat([x, torch.full((16, 1), 6.0), torch.zeros(16, 15)], 1).to(device)
     check(FusedSpec(NoPrologue(), mx_quantizer(FP4, e2m1=E2M1(ties, sign, 5))), x)
+
+
+@pytest.mark.parametrize("low", [None, -6.0, -2.0, 0.0])
+def test_bounds_of_fp4_values(low, device):
+    """Codes saturate at 6 by themselves, and at no other bound."""
+    quantizer = dataclasses.replace(mx_quantizer(FP4), clamp=6.0, clamp_low=low)
+    check(FusedSpec(NoPrologue(), quantizer), torch.randn(4, 64, device=device).to(torch.bfloat16))
 
 
 def test_the_table_of_fp4_ties():
