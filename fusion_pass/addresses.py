@@ -51,17 +51,18 @@ def has_padding(layout: ScaleLayout, rows: Any, groups: int) -> bool:
 
 def address(layout: ScaleLayout, m: Any, g: Any, rows: Any, groups: int) -> Any:
     """The offset of a scale from the first of its matrix."""
+    rows, groups = padded(layout, rows, groups)
     if layout is ScaleLayout.ROW:
         return m * groups + g
     if layout is ScaleLayout.PACKED:
-        return (g // 4 * ceil_to(rows, TMA_ROWS) + m) * 4 + g % 4
+        return (g // 4 * rows + m) * 4 + g % 4
     if layout is ScaleLayout.BLOCKED:
-        tile = m // 128 * (ceil_to(groups, 4) // 4) + g // 4
+        tile = m // 128 * (groups // 4) + g // 4
         return tile * 512 + m % 32 * 16 + m % 128 // 32 * 4 + g % 4
     if layout is ScaleLayout.SHUFFLED:
-        tile = m // 32 * 32 * ceil_to(groups, 8) + g // 8 * 256
+        tile = m // 32 * 32 * groups + g // 8 * 256
         return tile + g % 4 * 64 + m % 16 * 4 + g % 8 // 4 * 2 + m % 32 // 16
-    return g * padded(layout, rows, groups)[0] + m
+    return g * rows + m
 
 
 def ceil_to(size: Any, multiple: int) -> Any:

@@ -198,34 +198,13 @@ else:
 
     @triton.jit
     def over_one_plus_exp(y, x, TO: tl.constexpr):
-        """The correctly rounded y / (1 + exp(-x)), of which f16 has no values where the divisor's reciprocal is subnormal.
-
-        A product and one correction by its residual, as in :func:`corrected_product`. Where y or the divisor is infinite
-        the residual is NaN, and a large number instead of it changes nothing.
-        """
+        """The correctly rounded y / (1 + exp(-x)); to f16, quotients are zero where the divisor's reciprocal is subnormal."""
         divisor = 1.0 + libdevice.exp(-x)
         if TO is None:
             shift = tl.where(divisor > 1.2676506002282294e30, 5.421010862427522e-20, 1.0)
             divisor *= shift
             y *= shift
-        return tl.inline_asm_elementwise(
-            """
-            {
-                .reg .f32 q, e, t;
-                mul.rn.f32 q, $1, $2;
-                neg.f32 t, $1;
-                fma.rn.f32 e, q, $3, t;
-                min.f32 e, e, 0f7149f2ca;
-                neg.f32 t, $2;
-                fma.rn.f32 $0, e, t, q;
-            }
-            """,
-            "=f,f,f,f",
-            [y, reciprocal_estimate(divisor), divisor],
-            tl.float32,
-            is_pure=True,
-            pack=1,
-        )
+        return corrected_product(y, reciprocal_estimate(divisor), divisor, True)
 
     @triton.jit
     def silu(x, TO: tl.constexpr):
@@ -284,7 +263,8 @@ else:
     def gelu(x, TO: tl.constexpr):
         """x / 2 * (1 + erf(x / sqrt(2))) of a f32 tile: ATen's GeluCUDAKernelImpl."""
         if TO == "bf16" and NEWER_ERF:
-            # log2((1 - erf(a / sqrt(2))) / 2) by weighted least squares, from 1.42 on as CUDA's erff has it: its error shows in 1 - erf.
+            # log2((1 - erf(a / sqrt(2))) / 2) by weighted least squares, from 1.42 on as CUDA's erff has it, whose error shows
+            # in the difference.
             a = magnitude(x)
             r = tl.full(x.shape, -4.5546977389676613e-07, tl.float32)
             r = fma_by(r, a, 5.323241225596576e-07)
@@ -427,7 +407,7 @@ else:
         finite = tl.where(s == float("inf"), 0.0, s)
         r = tl.broadcast_to(reciprocal(s, finite), y.shape)
         factor = tl.broadcast_to(finite, y.shape)
-        corrected = corrected_product(y, r, factor)
+        corrected = corrected_product(y, r, factor, False)
         return corrected if ORDINARY else tl.where(s == 0.0, y * float("inf"), corrected)
 
     @triton.jit
@@ -440,11 +420,13 @@ else:
         return tl.fma(tl.fma(finite * -1.0, r, tl.full(s.shape, 1.0, tl.float32)), r, r)
 
     @triton.jit
-    def corrected_product(y, r, s):
+    def corrected_product(y, r, s, INFINITE: tl.constexpr):
         """q = y*r with one correction by its residual as a quotient of y and s.
 
+        INFINITE says that y or s may be: the residual is then NaN, and a large number instead of it changes nothing.
         In PTX, as negations are free in it: Triton's are differences from 0, which do not flip the sign of zero.
         """
+        BOUNDED: tl.constexpr = "min.f32 e, e, 0f7149f2ca;" if INFINITE else ""
         return tl.inline_asm_elementwise(
             """
             {
@@ -452,6 +434,9 @@ else:
                 mul.rn.f32 q, $1, $2;
                 neg.f32 t, $1;
                 fma.rn.f32 e, q, $3, t;
+            """
+            + BOUNDED
+            + """
                 neg.f32 t, $2;
                 fma.rn.f32 $0, e, t, q;
             }

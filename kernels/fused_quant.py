@@ -373,7 +373,8 @@ def fused_quant_kernel(
     WARPS is the number of warps where a tile is one row, whose values :func:`in_warps` knows how to find in them; else None.
     PEAK says where the amax comes from: each ``group`` of the tile; ``none`` is needed; or one that the whole tensor shares,
     in two launches: the first adds its tiles to it (``store``) and writes no codes, the second reads it (``load``).
-    PROLOGUE and CODES are named constants, see :func:`named`; PROGRAM is what lies between amax and scale.
+    PROLOGUE and CODES are named constants, see :func:`named`; PROGRAM is what lies between amax and scale. With ESTIMATES,
+    activations of 16-bit values may be computed from those.
     ONE_MATRIX promises that ``scale_rows`` is M. With PAD_ROWS and PAD_GROUPS, of which the stored scales' rows and groups are
     multiples, there are programs for all of them, and padding gets zeros; None leaves it as it is.
     """

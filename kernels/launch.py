@@ -165,12 +165,6 @@ def _in_warps(spec: FusedSpec, row: int, config: LaunchConfig) -> bool:
     return one_row and contiguous and enough and spec.quantizer.e2m1 is None
 
 
-def _holds_limit(dtype: torch.dtype, spec: FusedSpec) -> bool:
-    """Whether a bounded gate is one of the dtype's values still."""
-    limit = spec.prologue.limit if isinstance(spec.prologue, GatedActivation) else None
-    return limit is None or torch.tensor(limit, dtype=dtype).item() == limit
-
-
 def check_row(spec: FusedSpec, row: int) -> None:
     """Raise ValueError if no kernel takes rows of ``row`` values."""
     group = spec.quantizer.group
@@ -249,7 +243,7 @@ def launch_into_buffers(
         "STEPS": config.steps,
         "LATE_WEIGHT": config.late_weight,
         "WARPS": config.warps if _in_warps(spec, row, config) else None,
-        "ESTIMATES": _estimates_tested(x) and _holds_limit(x.dtype, spec),
+        "ESTIMATES": _takes_estimates(spec, x),
         "PEAK": "group" if spec.quantizer.needs_amax else "none",
         **constants(spec),
         # Beside two tiles, what it saves elsewhere takes registers: a program less to a processor.
@@ -267,10 +261,15 @@ def launch_into_buffers(
     return outputs
 
 
-def _estimates_tested(x: torch.Tensor) -> bool:
-    """Whether activations of 16-bit values can be computed from estimates: all were compared with eager code's on an H200."""
+def _takes_estimates(spec: FusedSpec, x: torch.Tensor) -> bool:
+    """Whether the activation can be computed from estimates: of 16-bit values, which were all compared on an H200."""
     on_gpu = x.device.type == "cuda" and torch.version.cuda is not None and torch.cuda.is_available()
-    return on_gpu and torch.cuda.get_device_capability(x.device) == (9, 0)
+    if not isinstance(spec.prologue, GatedActivation) or not on_gpu:
+        return False
+    # A bounded gate must be one of the values still.
+    limit = spec.prologue.limit
+    exact = limit is None or torch.tensor(limit, dtype=x.dtype).item() == limit
+    return exact and torch.cuda.get_device_capability(x.device) == (9, 0)
 
 
 def output_names(spec: FusedSpec) -> list[str]:
