@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -28,6 +29,9 @@ from .reference import reference
 # Measured on an H200 among tiles of 32 to 128 by 32 to 128.
 _TILE_ROWS = 32
 _TILE_COLUMNS = 128
+# Rows of tiles that are worked through together, so that what is read and what is written lies side by side either way: of
+# 65536 x 2880 values, MXFP8 took 283.6 us in the order of rows, 226.8 to 227.6 by 1 to 8, where bare traffic takes 220.
+_STRIP = 8
 
 
 @triton.jit
@@ -159,7 +163,9 @@ def launch_into_buffers(
         **quantizer_constants(spec.quantizer),
     }
     if packs(spec, x.dtype):
-        grid = (-(-count // TILE_ROWS), -(-row // TILE_COLUMNS), 1)
+        tiles = -(-count // TILE_ROWS)
+        strip = math.gcd(tiles, _STRIP) if isinstance(tiles, int) else _STRIP
+        grid = (strip, -(-row // TILE_COLUMNS), -(-tiles // strip))
         full = isinstance(count, int) and count % TILE_ROWS == row % TILE_COLUMNS == 0
         wrap(packed_cast_transpose_kernel)[grid](**arguments, FULL=full, num_warps=WARPS)
         return outputs
@@ -176,9 +182,11 @@ def launch_into_buffers(
 
 
 def packs(spec: CastTransposeSpec, dtype: torch.dtype) -> bool:
-    """Whether the kernel of pairs computes a spec: MX blocks of bf16 in both directions, with its codes and no others."""
+    """Whether the kernel of pairs computes a spec: MX blocks of 16-bit values in both directions, with its codes and no others."""
     quantizer = spec.quantizer
-    if spec.rowwise is None or spec.columnwise is None or dtype is not torch.bfloat16 or quantizer.group != BLOCK:
+    if spec.rowwise is None or spec.columnwise is None or quantizer.group != BLOCK:
+        return False
+    if dtype not in (torch.bfloat16, torch.float16):
         return False
     rounded = quantizer.rounding is not Rounding.CAST or quantizer.quotient is not torch.float32
     if rounded or quantizer.adds_zero or quantizer.clamp_low is not None:
@@ -194,7 +202,7 @@ def packs(spec: CastTransposeSpec, dtype: torch.dtype) -> bool:
     if e2m1.ties is Ties.EVEN:
         as_computed = e2m1.sign is Sign.KEPT and e2m1.nan_code in (4, 7)
     else:
-        as_computed = e2m1.sign in (Sign.KEPT, Sign.NEGATIVE) and e2m1.nan_code in (0, 7)
+        as_computed = e2m1.sign in (Sign.KEPT, Sign.NEGATIVE) and e2m1.nan_code in (0, 7) and dtype is torch.bfloat16
     # Codes saturate at 6 whether or not values are clamped.
     return as_computed and (quantizer.clamp is None or quantizer.clamp >= 6.0)
 

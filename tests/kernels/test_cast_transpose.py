@@ -38,21 +38,34 @@ def check(spec, x):
     assert result.equal, f"{spec}: {result}"
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("name", QUANTIZERS)
-def test_both_directions(name, device):
+def test_both_directions(name, dtype, device):
     quantizer = QUANTIZERS[name]
     unit = max(quantizer.group, 32)
     for shape in [(unit, unit), (unit * 3, unit * 5), (2, unit, unit * 2)]:
-        check(CastTransposeSpec(quantizer), values(*shape).to(device))
+        check(CastTransposeSpec(quantizer), values(*shape, dtype=dtype).to(device))
 
 
 @pytest.mark.parametrize("shuffled", [False, True])
 @pytest.mark.parametrize("scales", BlockScales)
-@pytest.mark.parametrize("name", ["te", "mxfp8"])
-def test_placements(name, scales, shuffled, device):
+@pytest.mark.parametrize(
+    ("name", "dtype"),
+    [("te", torch.bfloat16), ("mxfp8", torch.bfloat16), ("mxfp8", torch.float16), ("mxfp4", torch.float16)],
+)
+def test_placements(name, dtype, scales, shuffled, device):
     """Not square, so that the directions cannot be exchanged; not a multiple of the tile or of the padding."""
     spec = CastTransposeSpec(QUANTIZERS[name], Placement(scales, shuffled), Placement(scales, shuffled))
-    check(spec, values(64, 320).to(device))
+    check(spec, values(64, 320, dtype=dtype).to(device))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("name", ["mxfp4", "mxfp8", "mxfp8 floor", "e5m2"])
+def test_every_value_of_16_bits(name, dtype, device):
+    """Each in a block of its neighbours, which has a like amax, and in one with values of all exponents."""
+    bits = torch.arange(65536, dtype=torch.int32).to(torch.int16).view(dtype).to(device)
+    check(CastTransposeSpec(QUANTIZERS[name]), bits.view(2048, 32))
+    check(CastTransposeSpec(QUANTIZERS[name]), bits.view(64, 1024))
 
 
 def test_one_direction_alone(device):
