@@ -197,34 +197,40 @@ else:
         return tl.inline_asm_elementwise("rcp.approx.ftz.f32 $0, $1;", "=f,f", [x], tl.float32, is_pure=True, pack=1)
 
     @triton.jit
-    def over_one_plus_exp(y, x, TO: tl.constexpr):
-        """The correctly rounded y / (1 + exp(-x)); to f16, quotients are zero where the divisor's reciprocal is subnormal."""
+    def over_one_plus_exp(y, x):
+        """The correctly rounded y / (1 + exp(-x))."""
         divisor = 1.0 + libdevice.exp(-x)
-        if TO is None:
-            shift = tl.where(divisor > 1.2676506002282294e30, 5.421010862427522e-20, 1.0)
-            divisor *= shift
-            y *= shift
-        return corrected_product(y, reciprocal_estimate(divisor), divisor, True)
+        shift = tl.where(divisor > 1.2676506002282294e30, 5.421010862427522e-20, 1.0)
+        divisor *= shift
+        return corrected_product(y * shift, reciprocal_estimate(divisor), divisor, True)
 
     @triton.jit
     def silu(x, TO: tl.constexpr):
         """x / (1 + exp(-x)) of a f32 tile: ATen's silu_kernel on CUDA."""
         if TO == "bf16":
             active = x * sigmoid(x, TO)
+        elif TO == "f16":
+            # Constants found by search: with those of the formula, two values differ.
+            power = power_estimate(fma_by(x, tl.full(x.shape, -1.4426950216293335, tl.float32), 3.9977785490918905e-06))
+            active = x * reciprocal_estimate(fma_by(power, tl.full(x.shape, 0.9999972581863403, tl.float32), 1.0))
         else:
-            active = over_one_plus_exp(x, x, TO)
+            active = over_one_plus_exp(x, x)
         return active
 
     @triton.jit
     def sigmoid(x, TO: tl.constexpr):
         """1 / (1 + exp(-x)) of a f32 tile: ATen's sigmoid_kernel on CUDA."""
+        one = tl.full(x.shape, 1.0, tl.float32)
         if TO == "bf16":
             # Scaled, as instructions flush the subnormal reciprocals of large divisors.
             scale = tl.full(x.shape, 0.00390625, tl.float32)
             divisor = tl.fma(power_estimate(x * -1.4426950408889634), scale, scale)
             result = reciprocal_estimate(divisor) * 0.00390625
+        elif TO == "f16":
+            divisor = power_estimate(x * -1.4426950408889634) + 1.0
+            result = corrected_product(one, reciprocal_estimate(divisor), divisor, True)
         else:
-            result = over_one_plus_exp(tl.full(x.shape, 1.0, tl.float32), x, TO)
+            result = over_one_plus_exp(one, x)
         return result
 
     @triton.jit
@@ -262,19 +268,8 @@ else:
     @triton.jit
     def gelu(x, TO: tl.constexpr):
         """x / 2 * (1 + erf(x / sqrt(2))) of a f32 tile: ATen's GeluCUDAKernelImpl."""
-        if TO == "bf16" and NEWER_ERF:
-            # log2((1 - erf(a / sqrt(2))) / 2) by weighted least squares, from 1.42 on as CUDA's erff has it, whose error shows
-            # in the difference.
-            a = magnitude(x)
-            r = tl.full(x.shape, -4.5546977389676613e-07, tl.float32)
-            r = fma_by(r, a, 5.323241225596576e-07)
-            r = fma_by(r, a, 6.69337241561152e-05)
-            r = fma_by(r, a, -0.0009846100583672523)
-            r = fma_by(r, a, 0.008619166910648346)
-            r = fma_by(r, a, -0.05402742698788643)
-            r = fma_by(r, a, -0.45848628878593445)
-            r = fma_by(r, a, -1.1512229442596436)
-            active = x * from_tail(power_estimate(fma_by(r, a, -1.0)), x)
+        if TO is not None and NEWER_ERF:
+            active = x * from_tail(power_estimate(logarithm_of_tail(magnitude(x), TO)), x)
         else:
             scaled = x * 0.7071067811865476
             if NEWER_ERF:
@@ -283,6 +278,35 @@ else:
                 error = libdevice.erf(scaled)
             active = x * 0.5 * (1.0 + error)
         return active
+
+    @triton.jit
+    def logarithm_of_tail(a, TO: tl.constexpr):
+        """log2((1 - erf(a / sqrt(2))) / 2) by weighted least squares, from 1.42 on as CUDA's erff has it, whose error shows
+        in the difference.
+        """
+        if TO == "bf16":
+            r = tl.full(a.shape, -4.5546977389676613e-07, tl.float32)
+            r = fma_by(r, a, 5.323241225596576e-07)
+            r = fma_by(r, a, 6.69337241561152e-05)
+            r = fma_by(r, a, -0.0009846100583672523)
+            r = fma_by(r, a, 0.008619166910648346)
+            r = fma_by(r, a, -0.05402742698788643)
+            r = fma_by(r, a, -0.45848628878593445)
+            r = fma_by(r, a, -1.1512229442596436)
+            r = fma_by(r, a, -1.0)
+        else:
+            r = tl.full(a.shape, -3.504343837335e-08, tl.float32)
+            r = fma_by(r, a, 1.1483080015750602e-06)
+            r = fma_by(r, a, -1.585711470397655e-05)
+            r = fma_by(r, a, 0.00011210993397980928)
+            r = fma_by(r, a, -0.0004131635942030698)
+            r = fma_by(r, a, 0.00027730269357562065)
+            r = fma_by(r, a, 0.006622667424380779)
+            r = fma_by(r, a, -0.052236467599868774)
+            r = fma_by(r, a, -0.4592825472354889)
+            r = fma_by(r, a, -1.1510977745056152)
+            r = fma_by(r, a, -0.9999999403953552)
+        return r
 
     @triton.jit
     def tanh(x):
@@ -304,6 +328,13 @@ else:
             # (1 - tanh(a)) / 2 = 1 / (1 + exp(2a)), with exp as a power of two.
             doubled = fma_by(x * x, tl.full(x.shape, 0.1029432395800235, tl.float32), 2.302208198144325) * x
             active = x * from_tail(reciprocal_estimate(1.0 + power_estimate(magnitude(doubled))), x)
+        elif TO == "f16":
+            # The same by constants found by search: with those of the formula, three values differ.
+            a = magnitude(x)
+            doubled = fma_by(a * a, tl.full(x.shape, 0.10294322669506073, tl.float32), 2.302208185195923)
+            power = power_estimate(fma_by(doubled, a, 1.3790781849820632e-05))
+            tail = reciprocal_estimate(fma_by(power, tl.full(x.shape, 0.9999904632568359, tl.float32), 1.0))
+            active = x * from_tail(tail, x)
         else:
             inner = tl.fma(x * x * x, tl.full(x.shape, 0.044715, tl.float32), x) * 0.7978845608028654
             active = x * 0.5 * (1.0 + tanh(inner))
