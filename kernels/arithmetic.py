@@ -103,13 +103,21 @@ if INTERPRETED:
         return _from_torch(_to_torch(x) + _to_torch(y), x.dtype.scalar)
 
     @triton.jit
+    def low_f16(pair):
+        return (pair & 0xFFFF).to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32)
+
+    @triton.jit
+    def high_f16(pair):
+        return low_f16(pair >> 16)
+
+    @triton.jit
     def amax(x, AXIS: tl.constexpr):
         # Without their sign, f32 bit patterns order as integers, with NaN above infinity; numpy's max would warn of NaN.
         bits = tl.max(x.to(tl.int32, bitcast=True) & 0x7FFFFFFF, AXIS, keep_dims=True)
         return bits.to(tl.float32, bitcast=True)
 
     def whole_amax(x, WARPS):
-        return amax(x, 2)
+        return amax(widened(x), 2)
 
     def sum_of_squares(x, GROUP, N, WARPS):
         rows = _to_torch(x)[:, :, : int(GROUP)].flatten(1)[:, : int(N)]
@@ -412,7 +420,7 @@ else:
         if WARPS is None:
             total = tl.sum(tl.sum(x * x, 2, keep_dims=True), 1, keep_dims=True)
         else:
-            by_warp = tl.sum(tl.sum(tl.sum(in_warps(x * x, WARPS), 3), 0), 1)
+            by_warp = tl.sum(tl.sum(tl.sum(in_warps(x * x, WARPS, 16), 3), 0), 1)
             total = tl.full([1, 1, 1], 0.0, tl.float32) + over_warps(by_warp, WARPS, False)
         return total
 
@@ -511,15 +519,70 @@ else:
         return tl.maximum(a, b, propagate_nan=tl.PropagateNan.ALL)
 
     @triton.jit
+    def low_f16(pair):
+        """The f16 in the low half, in float32."""
+        return tl.inline_asm_elementwise(
+            "{ .reg .b16 a, b; mov.b32 {a, b}, $1; cvt.f32.f16 $0, a; }",
+            "=f,r",
+            [pair],
+            tl.float32,
+            is_pure=True,
+            pack=1,
+        )
+
+    @triton.jit
+    def high_f16(pair):
+        """The f16 in the high half, in float32."""
+        return tl.inline_asm_elementwise(
+            "{ .reg .b16 a, b; mov.b32 {a, b}, $1; cvt.f32.f16 $0, b; }",
+            "=f,r",
+            [pair],
+            tl.float32,
+            is_pure=True,
+            pack=1,
+        )
+
+    @triton.jit
+    def greater_bf16(a, b):
+        """Of two pairs of bf16 the greater magnitudes, with signs that mean nothing; NaN if either is."""
+        return tl.inline_asm_elementwise(
+            "max.NaN.xorsign.abs.bf16x2 $0, $1, $2;", "=r,r,r", [a, b], tl.int32, is_pure=True, pack=1
+        )
+
+    @triton.jit
+    def greater_f16(a, b):
+        """As :func:`greater_bf16`."""
+        return tl.inline_asm_elementwise(
+            "max.NaN.xorsign.abs.f16x2 $0, $1, $2;", "=r,r,r", [a, b], tl.int32, is_pure=True, pack=1
+        )
+
+    @triton.jit
+    def in_pairs(x):
+        """A (rows, groups, lanes) tile of 16-bit values as int32, neighbours along the last axis in pairs."""
+        first, second = tl.split(tl.reshape(x, (x.shape[0], x.shape[1], x.shape[2] // 2, 2)))
+        return tl.inline_asm_elementwise(
+            "mov.b32 $0, {$1, $2};", "=r,h,h", [first, second], tl.int32, is_pure=True, pack=1
+        )
+
+    @triton.jit
+    def amax_by_thread(pairs, F16: tl.constexpr):
+        """The amax, in float32, that each thread has of pairs by pieces, warps, threads and vectors."""
+        if F16:
+            found = tl.reduce(tl.reduce(pairs, 0, greater_f16), 2, greater_f16)
+        else:
+            found = tl.reduce(tl.reduce(pairs, 0, greater_bf16), 2, greater_bf16)
+        return greater(magnitude(low(found, F16)), magnitude(high(found, F16)))
+
+    @triton.jit
     def amax(x, AXIS: tl.constexpr):
         """max(|x|) of a f32 tile along AXIS, kept as an axis of one. NaN if any value is, as torch.amax."""
         return tl.reduce(magnitude(x), AXIS, greater, keep_dims=True)
 
     @triton.jit
-    def in_warps(x, WARPS: tl.constexpr):
-        """A tile of one row as (pieces, warps, threads, vectors), the way a load of it distributes its values."""
+    def in_warps(x, WARPS: tl.constexpr, MOST: tl.constexpr):
+        """A tile of one row as (pieces, warps, threads, vectors of MOST), the way a load of it distributes its values."""
         VALUES: tl.constexpr = x.shape[1] * x.shape[2]
-        VECTOR: tl.constexpr = min(VALUES // (32 * WARPS), 16)
+        VECTOR: tl.constexpr = min(VALUES // (32 * WARPS), MOST)
         return tl.reshape(x, (VALUES // (32 * WARPS * VECTOR), WARPS, 32, VECTOR))
 
     @triton.jit
@@ -537,15 +600,43 @@ else:
 
     @triton.jit
     def whole_amax(x, WARPS: tl.constexpr):
-        """max(|x|) of each row of a (rows, 1, lanes) tile."""
+        """max(|x|), in float32, of each row of a (rows, 1, lanes) tile."""
         if WARPS is None:
-            peak = amax(x, 2)
+            peak = amax(widened(x), 2)
         else:
-            by_thread = tl.reduce(tl.reduce(in_warps(magnitude(x), WARPS), 0, greater), 2, greater)
+            if in_16_bits(x.dtype):
+                by_thread = amax_by_thread(in_warps(in_pairs(x), WARPS, 8), x.dtype == tl.float16)
+            else:
+                by_thread = tl.reduce(tl.reduce(in_warps(magnitude(x), WARPS, 16), 0, greater), 2, greater)
             # Magnitudes order as their bits, NaN above infinity; across a warp, integers take one instruction.
             by_warp = tl.max(by_thread.to(tl.int32, bitcast=True), 1).to(tl.float32, bitcast=True)
             peak = tl.full([1, 1, 1], 0.0, tl.float32) + over_warps(by_warp, WARPS, True)
         return peak
+
+
+@triton.jit
+def low(pair, F16: tl.constexpr):
+    """The first of each pair, in float32."""
+    if F16:
+        value = low_f16(pair)
+    else:
+        value = (pair << 16).to(tl.float32, bitcast=True)
+    return value
+
+
+@triton.jit
+def high(pair, F16: tl.constexpr):
+    """The second of each pair, in float32."""
+    if F16:
+        value = high_f16(pair)
+    else:
+        value = (pair & -65536).to(tl.float32, bitcast=True)
+    return value
+
+
+@triton.constexpr_function
+def in_16_bits(dtype):
+    return dtype in (tl.bfloat16, tl.float16)
 
 
 @triton.jit
@@ -569,9 +660,9 @@ def rounds_to(rounding, dtype):
 
 @triton.jit
 def rounded_product(x, y, X_ROUNDING: tl.constexpr, ROUNDING: tl.constexpr):
-    """The f32 tile x, rounded, times y of any dtype, rounded; two at a time where both are rounded to y's 16 bits."""
+    """The f32 tile x, rounded, times y of any dtype, rounded; two at a time, and left in 16 bits, where both are rounded to y's."""
     if X_ROUNDING == ROUNDING and rounds_to(ROUNDING, y.dtype):
-        product = widened(packed_product(cast(x, y.dtype), tl.broadcast_to(y, x.shape)))
+        product = packed_product(cast(x, y.dtype), tl.broadcast_to(y, x.shape))
     else:
         product = round_to(round_to(x, X_ROUNDING) * cast(y, tl.float32), ROUNDING)
     return product

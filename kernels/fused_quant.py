@@ -70,7 +70,7 @@ def root_factor(variance, PROLOGUE: tl.constexpr):
 
 @triton.jit
 def normalized(x, factor, weight, PROLOGUE: tl.constexpr):
-    """x over its root mean square, times weight, rounded where the spec says."""
+    """x over its root mean square, times weight, rounded where the spec says; of the product's 16 bits or in float32."""
     INNER_ROUNDING: tl.constexpr = named(PROLOGUE, "inner_rounding")
     PRODUCT_ROUNDING: tl.constexpr = named(PROLOGUE, "product_rounding")
     if named(PROLOGUE, "root") == "divide_sqrt":
@@ -88,7 +88,10 @@ def normalized(x, factor, weight, PROLOGUE: tl.constexpr):
 
 @triton.jit
 def gated_activation(gate, up, OF: tl.constexpr, PROLOGUE: tl.constexpr):
-    """activation(gate) * up, bounded, shifted and rounded where the spec says; gate is f32, with values of the dtype OF."""
+    """activation(gate) * up, bounded, shifted and rounded where the spec says; of the product's 16 bits or in float32.
+
+    gate is in float32, with values of the dtype OF.
+    """
     ACTIVATION: tl.constexpr = named(PROLOGUE, "activation")
     LIMIT: tl.constexpr = named(PROLOGUE, "limit")
     OFFSET: tl.constexpr = named(PROLOGUE, "offset")
@@ -227,13 +230,16 @@ def prologue_value(
     ESTIMATES: tl.constexpr,
     PROLOGUE: tl.constexpr,
 ):
-    """What is quantized, in float32, of a tile x of (rows, groups, lanes); a norm's is of whole rows and stores its residual sum."""
+    """What is quantized of a tile x of (rows, groups, lanes), in 16 bits if it was rounded to them last, else in float32.
+
+    A norm's tile is of whole rows; its residual sum is stored.
+    """
     KIND: tl.constexpr = named(PROLOGUE, "kind")
     RESIDUAL: tl.constexpr = KIND == "norm" and named(PROLOGUE, "gate") is None and other_ptr is not None
     OF: tl.constexpr = x.dtype if ESTIMATES else tl.float32
     if RESIDUAL:
         x = residual_sum(x, other_ptr, sum_ptr, other_at, out_at, mask, named(PROLOGUE, "sum_rounding"))
-    else:
+    elif KIND != "none":
         x = widened(x)
     if KIND == "norm":
         GATE: tl.constexpr = named(PROLOGUE, "gate")
@@ -247,7 +253,7 @@ def prologue_value(
                 gate = silu(gate, None)
             else:
                 gate = sigmoid(gate, None)
-            x = round_to(x * gate, named(PROLOGUE, "gated_rounding"))
+            x = round_to(widened(x) * gate, named(PROLOGUE, "gated_rounding"))
     if KIND == "gated":
         up = None
         if other_ptr is not None:
@@ -290,12 +296,12 @@ def store_quantized(
     PAD_ROWS: tl.constexpr,
     PAD_GROUPS: tl.constexpr,
 ):
-    """Quantize a f32 tile of (rows, groups, lanes), and store its codes and scales."""
+    """Quantize a tile of (rows, groups, lanes), and store its codes and scales."""
     if PEAK == "group":
         if x.shape[1] == 1:
             peak = whole_amax(x, WARPS)
         else:
-            peak = amax(x, 2)
+            peak = amax(widened(x), 2)
     else:
         peak = tl.full([1, 1, 1], 0.0, tl.float32)
     if PEAK == "load":
@@ -305,7 +311,7 @@ def store_quantized(
         given += tl.load(given_ptr).to(tl.float32)
     present = (rows < M) & (groups < N // GROUP)
     code, scale = quantized(
-        x, peak, given, present if PEAK == "group" else None, PROGRAM, CODES, code_ptr.dtype.element_ty
+        widened(x), peak, given, present if PEAK == "group" else None, PROGRAM, CODES, code_ptr.dtype.element_ty
     )
     if named(CODES, "ties") is None:
         tl.store(code_ptr + rows * N + groups * GROUP + lanes, code, mask)
@@ -392,7 +398,9 @@ def fused_quant_kernel(
             )
             return
     first = (tl.program_id(0).to(tl.int64) * (ROWS * STEPS) + tl.arange(0, ROWS))[:, None, None]
-    groups = (tl.program_id(1) * GROUPS + tl.arange(0, GROUPS))[None, :, None]
+    # Told that there is one, the compiler knows which lanes are inside.
+    tile = 0 if GROUPS * GROUP >= N else tl.program_id(1)
+    groups = (tile * GROUPS + tl.arange(0, GROUPS))[None, :, None]
     lanes = tl.arange(0, LANES)[None, None, :]
     columns = groups * GROUP + lanes
     # Masks cost an instruction for each register that a load fills.
@@ -428,6 +436,7 @@ def fused_quant_kernel(
             PROLOGUE,
         )
         if PEAK == "store":
+            x = widened(x)
             if mask is not None:
                 x = tl.where(mask, x, 0.0)
             bits = tl.max(amax(x, 2).to(tl.int32, bitcast=True), 1)

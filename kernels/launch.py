@@ -88,7 +88,7 @@ def configure(spec: FusedSpec, row: int, amount: Amount = Amount.UNKNOWN) -> Lau
     # Short rows leave lanes idle unless several share a program.
     rows = max(1, 1024 // values)
     if isinstance(spec.prologue, RMSNorm) and spec.prologue.residual_sum is None and amount is Amount.MANY:
-        return _many_norms(row, rows, groups, lanes)
+        return _many_norms(spec, row, rows, groups, lanes)
     return LaunchConfig(rows, groups, lanes, _warps(rows * values, _values_per_thread(spec, row, values, amount)))
 
 
@@ -96,23 +96,27 @@ def _tiles(spec: FusedSpec, groups: int, lanes: int, amount: Amount) -> LaunchCo
     """Of a few whole groups; of several rows where scales of neighbouring rows are neighbours in memory."""
     few, gated = amount is Amount.FEW, isinstance(spec.prologue, GatedActivation)
     values, rows, per_thread = _TILE_VALUES, 1, 8 if few or gated else 16
-    if spec.layout is ScaleLayout.PACKED and not (few and gated):
+    if few and gated:
+        values, per_thread = _TILE_VALUES // 2, 4
+    elif spec.layout is ScaleLayout.PACKED:
         # Four neighbours in a row are one word, and a tile with all of them writes it at once.
         per_thread = 16
     elif spec.layout is not ScaleLayout.ROW and gated:
-        rows, per_thread = 2, 8 if few else 16
+        rows, per_thread = (2, 16) if amount is Amount.MANY and lanes < 128 else (1, 8)
+    elif spec.layout is ScaleLayout.BLOCKED:
+        rows, per_thread = 2, 16
     elif spec.layout is not ScaleLayout.ROW:
         values, rows, per_thread = 2 * _TILE_VALUES, 8, 16
     groups = min(max(1, values // (rows * lanes)), groups)
     return LaunchConfig(rows, groups, lanes, _warps(rows * groups * lanes, per_thread))
 
 
-def _many_norms(row: int, rows: int, groups: int, lanes: int) -> LaunchConfig:
+def _many_norms(spec: FusedSpec, row: int, rows: int, groups: int, lanes: int) -> LaunchConfig:
     """Of rows that are read but not written, where arithmetic is in the way: few threads to a row, so that many fit."""
     values = groups * lanes
     if values < 8192:
         per_thread = 64 if row <= values * 3 // 4 else 32
-        steps = 2 if row == values == 4096 else 1
+        steps = 2 if row == values == 4096 and lanes >= 128 and spec.layout is not ScaleLayout.ROW else 1
         return LaunchConfig(rows, groups, lanes, _warps(rows * values, per_thread), steps)
     # What lies between amax and scale is computed for every 16 values of a group: short groups want more threads.
     per_thread = 64 if row == values == 8192 or lanes < 128 else 128
@@ -123,16 +127,20 @@ def _values_per_thread(spec: FusedSpec, row: int, values: int, amount: Amount) -
     """Of ``values`` lanes that hold a row of ``row``."""
     few, wasteful = amount is Amount.FEW, row <= values * 3 // 4
     if isinstance(spec.prologue, GatedActivation):
-        if few or (values == 8192 and amount is Amount.UNKNOWN):
-            return 8 if values < 8192 else 16 if values == 8192 else 32
+        if few:
+            return 8 if values <= 8192 else 32
+        if values == 8192 and amount is Amount.UNKNOWN:
+            return 16
         return 16 if values < 8192 else 64 if values == 8192 and wasteful else 32
     if few and values <= 8192:
         # Eight warps, unless that leaves a thread less than a vector.
         return max(8, values // 256)
-    sums = isinstance(spec.prologue, RMSNorm) and spec.prologue.residual_sum is not None
-    if values < 8192 or (values == 8192 and not wasteful and not sums):
-        return 32
-    return 128 if values > 8192 and sums else 64
+    if isinstance(spec.prologue, RMSNorm):
+        if spec.prologue.residual_sum is not None:
+            return 32 if values < 8192 else 64 if values == 8192 else 128
+        if row == values == 16384 and spec.quantizer.group is not None:
+            return 32
+    return 32 if values < 8192 or (values == 8192 and not wasteful) else 64
 
 
 def _amount(rows: Any, row: int) -> Amount:
@@ -158,10 +166,10 @@ def group_length(spec: FusedSpec, row: int) -> int:
 
 
 def _in_warps(spec: FusedSpec, row: int, config: LaunchConfig) -> bool:
-    """Whether a tile is one row of which each thread of several warps reads whole vectors of 16 values or all it reads."""
+    """Whether a tile is one row of which each thread of several warps reads whole vectors of 16 values, or 2, 4 or 8 in all."""
     one_row = config.rows == 1 and _whole_rows(spec) and row % 16 == 0
     contiguous = config.groups == 1 or (config.lanes == group_length(spec, row) and config.lanes >= 16)
-    enough = config.groups * config.lanes >= 32 * config.warps > 32
+    enough = config.groups * config.lanes >= 64 * config.warps > 64
     return one_row and contiguous and enough and spec.quantizer.e2m1 is None
 
 

@@ -16,7 +16,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .arithmetic import INTERPRETED, cast, e2m1_code, named
+from .arithmetic import INTERPRETED, cast, e2m1_code, high, low, named
 from .fused_quant import load
 from .placement import block_scale_address, code_address
 from .scale_program import evaluate
@@ -26,26 +26,6 @@ TILE_ROWS = 128
 TILE_COLUMNS = 64
 WARPS = 4
 BLOCK = 32
-
-
-@triton.jit
-def low(pair, F16: tl.constexpr):
-    """The first of each pair, in float32."""
-    if F16:
-        value = low_f16(pair)
-    else:
-        value = (pair << 16).to(tl.float32, bitcast=True)
-    return value
-
-
-@triton.jit
-def high(pair, F16: tl.constexpr):
-    """The second of each pair, in float32."""
-    if F16:
-        value = high_f16(pair)
-    else:
-        value = (pair & -65536).to(tl.float32, bitcast=True)
-    return value
 
 
 @triton.jit
@@ -71,14 +51,6 @@ def of_half(larger, F16: tl.constexpr):
 
 # Triton's interpreter runs no PTX: there the same by Triton's own operations. Docstrings are with the PTX.
 if INTERPRETED:
-
-    @triton.jit
-    def low_f16(pair):
-        return (pair & 0xFFFF).to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32)
-
-    @triton.jit
-    def high_f16(pair):
-        return low_f16(pair >> 16)
 
     @triton.jit
     def paired(x):
@@ -109,30 +81,6 @@ if INTERPRETED:
         return low_code | (e2m1_code(high(pair, F16) * second, TIES, SIGN, NAN_CODE) << 16)
 
 else:
-
-    @triton.jit
-    def low_f16(pair):
-        """The f16 in the low half, in float32."""
-        return tl.inline_asm_elementwise(
-            "{ .reg .b16 a, b; mov.b32 {a, b}, $1; cvt.f32.f16 $0, a; }",
-            "=f,r",
-            [pair],
-            tl.float32,
-            is_pure=True,
-            pack=1,
-        )
-
-    @triton.jit
-    def high_f16(pair):
-        """The f16 in the high half, in float32."""
-        return tl.inline_asm_elementwise(
-            "{ .reg .b16 a, b; mov.b32 {a, b}, $1; cvt.f32.f16 $0, b; }",
-            "=f,r",
-            [pair],
-            tl.float32,
-            is_pure=True,
-            pack=1,
-        )
 
     @triton.jit
     def paired(x):
@@ -176,7 +124,7 @@ else:
 
     @triton.jit
     def e2m1_pair(pair, first, second, F16: tl.constexpr, CODES: tl.constexpr):
-        """The E2M1 codes of a pair times two powers of two, each in the low bits of its half."""
+        """The E2M1 codes of a pair times two powers of two, each in the low bits of its half, plus :func:`surplus`."""
         TIES: tl.constexpr = named(CODES, "ties")
         SIGN: tl.constexpr = named(CODES, "sign")
         if TIES == "even":
@@ -198,10 +146,10 @@ else:
     def to_even(f16, nan_code):
         """The PTX of :func:`e2m1_to_even`."""
         if f16:
-            kind, one, two, half, zero = "f16x2", "3c00", "4000", "3800", "64"
+            kind, minus_one, half, one, two, four, zero = "f16x2", "bc00", "3800", "3c00", "4000", "4400", "64"
             scaled = "cvt.rn.f16x2.f32 v, $2, $1;"
         else:
-            kind, one, two, half, zero = "bf16x2", "3f80", "4000", "3f00", "43"
+            kind, minus_one, half, one, two, four, zero = "bf16x2", "bf80", "3f00", "3f80", "4000", "4080", "43"
             # A product is a sum with -0.
             scaled = "mov.b32 k, 0x80008000; fma.rn.bf16x2 v, $1, $2, k;"
         # The third line is at least 4, which a maximum gives in place of NaN.
@@ -212,23 +160,22 @@ else:
                 {scaled}
                 abs.{kind} m, v;
                 mov.b32 k, 0x{two}{two};
-                mov.b32 l, 0x{zero}00{zero}00;
+                mov.b32 l, 0x{zero}04{zero}04;
                 fma.rn.{kind} a, m, k, l;
                 mov.b32 k, 0x{one}{one};
-                mov.b32 l, 0x{zero}02{zero}02;
+                mov.b32 l, 0x{zero}06{zero}06;
                 fma.rn.{kind} b, m, k, l;
                 mov.b32 k, 0x{half}{half};
-                mov.b32 l, 0x{zero}04{zero}04;
+                mov.b32 l, 0x{zero}08{zero}08;
                 fma.rn.{kind} c, m, k, l;
                 {keep}
-                mov.b32 k, 0x{zero}07{zero}07;
+                mov.b32 k, 0x{zero}0b{zero}0b;
                 min.{kind} a, a, b;
                 min.{kind} c, c, k;
                 min.{kind} a, a, c;
-                and.b32 a, a, 0x00070007;
-                shr.b32 s, v, 12;
-                and.b32 s, s, 0x00080008;
-                or.b32 $0, a, s;
+                lop3.b32 s, v, 0x80008000, 0x{four}{four}, 0xea;
+                mov.b32 k, 0x{minus_one}{minus_one};
+                fma.rn.{kind} $0, s, k, a;
             }}
         """
 
@@ -239,6 +186,9 @@ else:
         A code is the integer next to the least of 2v, v + 2 and v / 2 + 4, at most 7: the three lines meet where the step
         between E2M1 values doubles. Sums of 128 or more in bf16, and of 1024 or more in f16, are rounded to an integer, halves
         to even, and an fma rounds once. A factor may be more than f16 holds; products are rounded where they are next to zero.
+
+        The lines are computed with 4 more, and 4 with the sign of v is taken from the least, which leaves 8 of negative ones: by
+        the pipe of multiplications, where shifts and masks of the sign would wait for that of integers.
         """
         tl.static_assert(NAN_CODE == 7 or NAN_CODE == 4)
         if F16:
@@ -285,6 +235,13 @@ else:
             pack=1,
         )
         return (((bits + HALF) >> 9) & 0x00070007) | ((value >> 12) & 0x00080008)
+
+
+@triton.constexpr_function
+def surplus(ties, f16, factor):
+    """What a sum of codes by :func:`e2m1_pair` has in it that is none, where their weights add up to ``factor``; an int32."""
+    of_one = 0 if INTERPRETED or ties != "even" else 0x64006400 if f16 else 0x43004300
+    return (of_one * factor + 2**31) % 2**32 - 2**31
 
 
 @triton.jit
@@ -336,8 +293,9 @@ def quantize_rows(
         corner = code_ptr.to(tl.pointer_type(tl.int32), bitcast=True)
     else:
         # Codes at bits 0, 16, 8 and 24; by 12 further down, the second and fourth are at 4 and 12.
-        spread = e2m1_pair(first, f, f, F16, CODES) | (e2m1_pair(second, f, f, F16, CODES) << 8)
-        code = (spread | (spread >> 12)).to(tl.int16)
+        spread = e2m1_pair(first, f, f, F16, CODES) + e2m1_pair(second, f, f, F16, CODES) * 256
+        spread -= surplus(named(CODES, "ties"), F16, 257)
+        code = (spread + (spread >> 12)).to(tl.int16)
         corner = code_ptr.to(tl.pointer_type(tl.int16), bitcast=True)
     corner += code_address(first_row, first_column // 4, N // 4, SHUFFLED, UNIT)
     tl.store(corner + code_address(rows, quads, N // 4, SHUFFLED, UNIT), tl.reshape(code, (128, 16)), inside)
@@ -397,8 +355,9 @@ def quantize_columns(
         corner = code_ptr.to(tl.pointer_type(tl.int32), bitcast=True)
     else:
         # The low half has four rows' codes of the even columns, the high half those of the odd ones.
-        both = e2m1_pair(a, f, g, F16, CODES) | (e2m1_pair(b, f, g, F16, CODES) << 4)
-        both |= (e2m1_pair(c, f, g, F16, CODES) << 8) | (e2m1_pair(d, f, g, F16, CODES) << 12)
+        both = e2m1_pair(a, f, g, F16, CODES) + e2m1_pair(b, f, g, F16, CODES) * 16
+        both += e2m1_pair(c, f, g, F16, CODES) * 256 + e2m1_pair(d, f, g, F16, CODES) * 4096
+        both -= surplus(named(CODES, "ties"), F16, 4369)
         even, odd = both.to(tl.int16), (both >> 16).to(tl.int16)
         corner = code_ptr.to(tl.pointer_type(tl.int16), bitcast=True)
     code = tl.reshape(tl.permute(tl.join(even, odd), (2, 4, 0, 1, 3)), (64, 32))
