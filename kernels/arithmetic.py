@@ -543,15 +543,15 @@ else:
         )
 
     @triton.jit
-    def greater_bf16(a, b):
+    def greater_magnitudes_bf16(a, b):
         """Of two pairs of bf16 the greater magnitudes, with signs that mean nothing; NaN if either is."""
         return tl.inline_asm_elementwise(
             "max.NaN.xorsign.abs.bf16x2 $0, $1, $2;", "=r,r,r", [a, b], tl.int32, is_pure=True, pack=1
         )
 
     @triton.jit
-    def greater_f16(a, b):
-        """As :func:`greater_bf16`."""
+    def greater_magnitudes_f16(a, b):
+        """As :func:`greater_magnitudes_bf16`."""
         return tl.inline_asm_elementwise(
             "max.NaN.xorsign.abs.f16x2 $0, $1, $2;", "=r,r,r", [a, b], tl.int32, is_pure=True, pack=1
         )
@@ -568,9 +568,9 @@ else:
     def amax_by_thread(pairs, F16: tl.constexpr):
         """The amax, in float32, that each thread has of pairs by pieces, warps, threads and vectors."""
         if F16:
-            found = tl.reduce(tl.reduce(pairs, 0, greater_f16), 2, greater_f16)
+            found = tl.reduce(tl.reduce(pairs, 0, greater_magnitudes_f16), 2, greater_magnitudes_f16)
         else:
-            found = tl.reduce(tl.reduce(pairs, 0, greater_bf16), 2, greater_bf16)
+            found = tl.reduce(tl.reduce(pairs, 0, greater_magnitudes_bf16), 2, greater_magnitudes_bf16)
         return greater(magnitude(low(found, F16)), magnitude(high(found, F16)))
 
     @triton.jit
