@@ -166,18 +166,26 @@ def has_room(rows, groups, M, GROUPS: tl.constexpr, PAD_ROWS: tl.constexpr, PAD_
 @triton.jit
 def store_padding(
     scale_ptr,
-    rows,
-    groups,
     M,
     GROUPS: tl.constexpr,
     LAYOUT: tl.constexpr,
+    TILE_ROWS: tl.constexpr,
+    TILE_GROUPS: tl.constexpr,
+    PAD_TILE: tl.constexpr,
     PAD_ROWS: tl.constexpr,
     PAD_GROUPS: tl.constexpr,
 ):
-    """Zeros for the scales of a tile that lies outside the matrix."""
+    """Zeros for the scales of a program that lies outside the matrix: beside a tile, or of PAD_TILE >= TILE_ROWS rows below all."""
+    tiles = (M + TILE_ROWS - 1) // TILE_ROWS
+    below = tl.program_id(0) - tiles
+    first = tl.where(below < 0, tl.program_id(0) * TILE_ROWS, tiles * TILE_ROWS + below * PAD_TILE)
+    index = tl.arange(0, PAD_TILE)[:, None, None]
+    rows = first.to(tl.int64) + index
+    groups = (tl.program_id(1) * TILE_GROUPS + tl.arange(0, TILE_GROUPS))[None, :, None]
     at = scale_address(rows, groups, M, GROUPS, LAYOUT, True)
+    own = (below >= 0) | (index < TILE_ROWS)
     zeros = tl.zeros(at.shape, scale_ptr.dtype.element_ty)
-    tl.store(scale_ptr + at, zeros, has_room(rows, groups, M, GROUPS, PAD_ROWS, PAD_GROUPS))
+    tl.store(scale_ptr + at, zeros, own & has_room(rows, groups, M, GROUPS, PAD_ROWS, PAD_GROUPS))
 
 
 @triton.jit
@@ -363,6 +371,7 @@ def fused_quant_kernel(
     CODES: tl.constexpr,
     LAYOUT: tl.constexpr,
     ONE_MATRIX: tl.constexpr,
+    PAD_TILE: tl.constexpr,
     PAD_ROWS: tl.constexpr,
     PAD_GROUPS: tl.constexpr,
 ):
@@ -382,20 +391,12 @@ def fused_quant_kernel(
     PROLOGUE and CODES are named constants, see :func:`named`; PROGRAM is what lies between amax and scale. With ESTIMATES,
     activations of 16-bit values may be computed from those.
     ONE_MATRIX promises that ``scale_rows`` is M. With PAD_ROWS and PAD_GROUPS, of which the stored scales' rows and groups are
-    multiples, there are programs for all of them, and padding gets zeros; None leaves it as it is.
+    multiples, padding gets zeros from the programs beside it and, below the last tile, from programs for PAD_TILE rows each;
+    None leaves it as it is.
     """
     if PAD_ROWS is not None:  # noqa: SIM102  # Triton decides the one while it compiles.
         if (tl.program_id(0) * (ROWS * STEPS) >= M) | (tl.program_id(1) * GROUPS >= N // GROUP):
-            store_padding(
-                scale_ptr,
-                (tl.program_id(0).to(tl.int64) * (ROWS * STEPS) + tl.arange(0, ROWS * STEPS))[:, None, None],
-                (tl.program_id(1) * GROUPS + tl.arange(0, GROUPS))[None, :, None],
-                M,
-                N // GROUP,
-                LAYOUT,
-                PAD_ROWS,
-                PAD_GROUPS,
-            )
+            store_padding(scale_ptr, M, N // GROUP, LAYOUT, ROWS * STEPS, GROUPS, PAD_TILE, PAD_ROWS, PAD_GROUPS)
             return
     first = (tl.program_id(0).to(tl.int64) * (ROWS * STEPS) + tl.arange(0, ROWS))[:, None, None]
     # Told that there is one, the compiler knows which lanes are inside.

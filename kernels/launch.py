@@ -37,6 +37,7 @@ from .scale_program import program
 # Values that a program holds; measured on an H200, where 1 x 1024 tiles and one 4096-value row are nearest the floor.
 _TILE_VALUES = 1024
 _LONGEST_ROW = 65536
+_PAD_SCALES = 1024  # of a program that writes nothing but padding
 _FEW_VALUES = 1 << 20
 _MANY_ROWS = 4096
 # The largest magnitude that rounds to a finite code: beyond it, eager code's cast overflows or saturates.
@@ -226,9 +227,9 @@ def launch_into_buffers(
     outputs = _buffers(spec, x, filled=not pads)
     named = dict(zip(output_names(spec), outputs, strict=True))
     pad_rows, pad_groups = multiples(spec.layout) if pads else (None, None)
-    tiled_rows, tiled_columns = padded(spec.layout, count, columns) if pads else (count, columns)
+    pad_tile = max(config.rows * config.steps, min(pad_rows or 1, _PAD_SCALES // config.groups)) if pads else None
     # Three dimensions: Inductor's launchers take no fewer.
-    grid = (-(-tiled_rows // (config.rows * config.steps)), -(-tiled_columns // config.groups), 1)
+    grid = (*_programs(spec, config, count, columns, pad_tile), 1)
     arguments = {
         "x_ptr": x,
         "other_ptr": other,
@@ -256,6 +257,7 @@ def launch_into_buffers(
         **constants(spec),
         # Beside two tiles, what it saves elsewhere takes registers: a program less to a processor.
         "ONE_MATRIX": pads or (one_matrix and config.steps == 1),
+        "PAD_TILE": pad_tile,
         "PAD_ROWS": pad_rows,
         "PAD_GROUPS": pad_groups,
         "num_warps": config.warps,
@@ -267,6 +269,18 @@ def launch_into_buffers(
         arguments |= {"amax_ptr": amax, "PEAK": "load"}
     wrap(fused_quant_kernel)[grid](**arguments)
     return outputs
+
+
+def _programs(spec: FusedSpec, config: LaunchConfig, rows: Any, columns: int, pad_tile: int | None) -> tuple[Any, int]:
+    """How many programs there are by rows and by columns of scales; below the tiles, those of ``pad_tile`` rows of padding."""
+    tile = config.rows * config.steps
+    tiles = -(-rows // tile)
+    if pad_tile is None:
+        return tiles, -(-columns // config.groups)
+    # Of a symbolic number of rows, as many as there may be.
+    of_rows, _ = multiples(spec.layout)
+    spare = max(0, padded(spec.layout, rows, columns)[0] - tiles * tile) if isinstance(rows, int) else of_rows - 1
+    return tiles + -(-spare // pad_tile), -(-padded(spec.layout, 1, columns)[1] // config.groups)
 
 
 def _takes_estimates(spec: FusedSpec, x: torch.Tensor) -> bool:

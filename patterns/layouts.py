@@ -52,17 +52,15 @@ def stored_copies(uses: Uses, rows: tuple[Any, ...], groups: int) -> tuple[Scale
 def _by_numbers(uses: Uses, rows: tuple[Any, ...], groups: int) -> tuple[ScaleLayout, tuple[fx.Node, ...]]:
     if len(rows) != 1 and not all(same_size(size, 1) for size in rows[:-1]):
         return ScaleLayout.ROW, ()
-    numberings = [_numbered(presentation, user) for presentation, user in uses]
     stored: list[fx.Node] = []
-    found: set[ScaleLayout | None] = set()
-    for numbering in numberings:
-        if numbering is None:
+    found: set[ScaleLayout] = set()
+    for presentation, user in uses:
+        copy = _stored_copy(presentation, user, rows[-1], groups)
+        if copy is None:
             return ScaleLayout.ROW, ()
-        copy, numbers = numbering
-        stored.append(copy)
-        found.add(_layout_of(numbers, rows[-1], groups, packed=dtype(copy) is torch.int32))
-    layout = found.pop() if len(found) == 1 else None
-    return (ScaleLayout.ROW, ()) if layout is None else (layout, tuple(stored))
+        stored.append(copy[0])
+        found.add(copy[1])
+    return (found.pop(), tuple(stored)) if len(found) == 1 else (ScaleLayout.ROW, ())
 
 
 def column_copies(uses: Uses, rows: tuple[Any, ...], groups: int) -> tuple[fx.Node, ...]:
@@ -77,20 +75,30 @@ def column_copies(uses: Uses, rows: tuple[Any, ...], groups: int) -> tuple[fx.No
     return tuple(copies)
 
 
-def _numbered(presentation: fx.Node, user: fx.Node) -> tuple[fx.Node, torch.Tensor] | None:
-    """The copy that user leads to, and the numbers of the scales in its storage; None if it leads elsewhere."""
+def _stored_copy(presentation: fx.Node, user: fx.Node, rows: Any, groups: int) -> tuple[fx.Node, ScaleLayout] | None:
+    """The copy that user leads to in whose storage the scales have a layout; None if none has, before anything else is done.
+
+    It may be the copy of a copy: torchao's to_blocked moves the tiles first, and then the rows in them.
+    """
     sizes = shape(presentation)
     if not all(isinstance(s, int) for s in sizes) or math.prod(sizes) > _MOST_SCALES:
         return None
     # Bytes that become words keep their number in a dim of their own.
     numbers = torch.arange(math.prod(sizes), dtype=torch.int32, device="cpu").view(*sizes, 1)
     node = user
-    while not _is_contiguous_copy(node):
-        moved = _moved(node, numbers)
-        if moved is None or len(node.users) != 1:
+    while True:
+        if _is_contiguous_copy(node):
+            layout = _layout_of(numbers, rows, groups, packed=dtype(node) is torch.int32)
+            if layout is not None:
+                return node, layout
+        else:
+            moved = _moved(node, numbers)
+            if moved is None:
+                return None
+            numbers = moved
+        if len(node.users) != 1:
             return None
-        numbers, node = moved, next(iter(node.users))
-    return node, numbers
+        node = next(iter(node.users))
 
 
 def _moved(node: fx.Node, numbers: torch.Tensor) -> torch.Tensor | None:

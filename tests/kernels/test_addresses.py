@@ -95,7 +95,9 @@ def memory_with_traces():
 
 
 @pytest.mark.usefixtures("memory_with_traces")
-@pytest.mark.parametrize("shape", [(1, 384), (5, 640), (8, 896), (130, 128), (1, 6, 384), (2, 6, 384)], ids=str)
+@pytest.mark.parametrize(
+    "shape", [(1, 384), (5, 640), (8, 896), (130, 128), (3, 2560), (1, 6, 384), (2, 6, 384)], ids=str
+)
 @pytest.mark.parametrize(
     "prologue", [NoPrologue(), RMSNorm(1e-6), GatedActivation(product=BF16)], ids=["none", "norm", "gate"]
 )

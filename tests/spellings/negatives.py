@@ -323,6 +323,17 @@ def rows_flipped(x):
     return _codes(x.float() / scale), scale
 
 
+@negative(
+    f"{MADE_UP} blocked scales whose tiles go down the columns", "quant_per_group_32", inputs=spread(shape=(256, 256))
+)
+def tiles_by_columns(x):
+    grouped = x.float().unflatten(-1, (-1, 32))
+    scales = grouped.abs().amax(-1).clamp(1e-4) / 448.0
+    codes = (grouped / scales.unsqueeze(-1)).clamp(-448.0, 448.0).to(E4M3).flatten(-2)
+    tiles = scales.view(2, 128, 2, 4).permute(2, 0, 1, 3)
+    return codes, tiles.reshape(-1, 4, 32, 4).transpose(1, 2).reshape(-1, 32, 16).flatten()
+
+
 @negative(f"{MADE_UP} scales of transposed heads of one shape", inputs=spread(shape=(4, 4, 64)))
 def heads_transposed(x):
     scale = _amax(x.transpose(0, 1)) / 448.0

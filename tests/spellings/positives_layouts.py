@@ -210,6 +210,20 @@ def blocked(x):
 
 
 @positive(
+    "pytorch/ao torchao/prototype/mx_formats/utils.py to_blocked, of several tiles of rows: a copy of a copy",
+    "quant_per_group_32_blocked",
+    inputs=spread(shape=(160, 288)),
+)
+def blocked_in_two_copies(x):
+    grouped = x.float().unflatten(-1, (-1, 32))
+    scales = grouped.abs().amax(-1).clamp(1e-4) / 448.0
+    codes = (grouped / scales.unsqueeze(-1)).clamp(-448.0, 448.0).to(E4M3).flatten(-2)
+    padded = F.pad(scales, (0, 3, 0, 96))
+    tiles = padded.view(2, 128, 3, 4).permute(0, 2, 1, 3)
+    return codes, tiles.reshape(-1, 4, 32, 4).transpose(1, 2).reshape(-1, 32, 16).flatten()
+
+
+@positive(
     "ROCm/aiter aiter/utility/fp4_utils.py e8m0_shuffle's order",
     "quant_per_group_32_shuffled",
     inputs=spread(shape=(32, 256)),
