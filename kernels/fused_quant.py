@@ -283,6 +283,7 @@ def quantized(x, peak, given, present, PROGRAM: tl.constexpr, CODES: tl.constexp
 @triton.jit
 def store_quantized(
     x,
+    given,
     given_ptr,
     amax_ptr,
     code_ptr,
@@ -314,9 +315,9 @@ def store_quantized(
         peak = tl.full([1, 1, 1], 0.0, tl.float32)
     if PEAK == "load":
         peak += tl.load(amax_ptr).to(tl.float32, bitcast=True)
-    given = tl.full(peak.shape, 0.0, tl.float32)
-    if given_ptr is not None:
-        given += tl.load(given_ptr).to(tl.float32)
+    if given is None and given_ptr is not None:
+        given = tl.load(given_ptr).to(tl.float32)
+    given = tl.full(peak.shape, 0.0, tl.float32) + (0.0 if given is None else given)
     present = (rows < M) & (groups < N // GROUP)
     code, scale = quantized(
         widened(x), peak, given, present if PEAK == "group" else None, PROGRAM, CODES, code_ptr.dtype.element_ty
@@ -408,6 +409,10 @@ def fused_quant_kernel(
     FULL: tl.constexpr = LANES == GROUP and N % (GROUPS * GROUP) == 0
     inside = None if FULL else (lanes < GROUP) & (columns < N)
     upcoming = load(x_ptr + first * x_stride + columns, within(first, M, inside, ROWS * STEPS))
+    # Loads do not move before the barriers of a sum: what is not read now is waited for then.
+    given = None
+    if given_ptr is not None and not LATE_WEIGHT:
+        given = tl.load(given_ptr).to(tl.float32)
     weight = None
     if weight_ptr is not None and not LATE_WEIGHT:
         weight = load(weight_ptr + columns, inside)
@@ -447,6 +452,7 @@ def fused_quant_kernel(
                 tl.store(value_ptr + rows * N + columns, cast(x, value_ptr.dtype.element_ty), mask)
             store_quantized(
                 x,
+                given,
                 given_ptr,
                 amax_ptr,
                 code_ptr,
