@@ -116,10 +116,10 @@ if INTERPRETED:
         bits = tl.max(x.to(tl.int32, bitcast=True) & 0x7FFFFFFF, AXIS, keep_dims=True)
         return bits.to(tl.float32, bitcast=True)
 
-    def whole_amax(x, WARPS):
+    def whole_amax(x, WARPS, VECTOR):
         return amax(widened(x), 2)
 
-    def sum_of_squares(x, GROUP, N, WARPS):
+    def sum_of_squares(x, GROUP, N, WARPS, VECTOR):
         rows = _to_torch(x)[:, :, : int(GROUP)].flatten(1)[:, : int(N)]
         return _from_torch(rows.square().sum(1)[:, None, None], tl.float32)
 
@@ -415,12 +415,12 @@ else:
         return x.to(tl.int32)
 
     @triton.jit
-    def sum_of_squares(x, GROUP: tl.constexpr, N: tl.constexpr, WARPS: tl.constexpr):
+    def sum_of_squares(x, GROUP: tl.constexpr, N: tl.constexpr, WARPS: tl.constexpr, VECTOR: tl.constexpr):
         """The sum of squares of each row of a (rows, groups, lanes) tile whose lanes beyond the row are zero."""
         if WARPS is None:
             total = tl.sum(tl.sum(x * x, 2, keep_dims=True), 1, keep_dims=True)
         else:
-            by_warp = tl.sum(tl.sum(tl.sum(in_warps(x * x, WARPS, 16), 3), 0), 1)
+            by_warp = tl.sum(tl.sum(tl.sum(in_warps(x * x, WARPS, VECTOR), 3), 0), 1)
             total = tl.full([1, 1, 1], 0.0, tl.float32) + over_warps(by_warp, WARPS, False)
         return total
 
@@ -599,15 +599,15 @@ else:
         return value
 
     @triton.jit
-    def whole_amax(x, WARPS: tl.constexpr):
+    def whole_amax(x, WARPS: tl.constexpr, VECTOR: tl.constexpr):
         """max(|x|), in float32, of each row of a (rows, 1, lanes) tile."""
         if WARPS is None:
             peak = amax(widened(x), 2)
         else:
             if in_16_bits(x.dtype):
-                by_thread = amax_by_thread(in_warps(in_pairs(x), WARPS, 8), x.dtype == tl.float16)
+                by_thread = amax_by_thread(in_warps(in_pairs(x), WARPS, VECTOR // 2), x.dtype == tl.float16)
             else:
-                by_thread = tl.reduce(tl.reduce(in_warps(magnitude(x), WARPS, 16), 0, greater), 2, greater)
+                by_thread = tl.reduce(tl.reduce(in_warps(magnitude(x), WARPS, VECTOR), 0, greater), 2, greater)
             # Magnitudes order as their bits, NaN above infinity; across a warp, integers take one instruction.
             by_warp = tl.max(by_thread.to(tl.int32, bitcast=True), 1).to(tl.float32, bitcast=True)
             peak = tl.full([1, 1, 1], 0.0, tl.float32) + over_warps(by_warp, WARPS, True)

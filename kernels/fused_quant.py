@@ -188,6 +188,13 @@ def store_padding(
     tl.store(scale_ptr + at, zeros, own & has_room(rows, groups, M, GROUPS, PAD_ROWS, PAD_GROUPS))
 
 
+@triton.constexpr_function
+def vector_of(*outputs):
+    """How many neighbouring values a thread holds: 16 codes make a store, of wider outputs fewer values."""
+    widths = [output.dtype.element_ty.primitive_bitwidth // 8 for output in outputs if output is not None]
+    return 16 // max([1, *widths])
+
+
 @triton.jit
 def within(rows, M, inside, PROGRAM_ROWS: tl.constexpr):
     """The mask of a tile: None if its program has one row, which is there, and all of whose lanes are inside."""
@@ -235,6 +242,7 @@ def prologue_value(
     N: tl.constexpr,
     GROUP: tl.constexpr,
     WARPS: tl.constexpr,
+    VECTOR: tl.constexpr,
     ESTIMATES: tl.constexpr,
     PROLOGUE: tl.constexpr,
 ):
@@ -251,7 +259,7 @@ def prologue_value(
         x = widened(x)
     if KIND == "norm":
         GATE: tl.constexpr = named(PROLOGUE, "gate")
-        mean = mean_of_squares(sum_of_squares(x, GROUP, N, WARPS), M, N, named(PROLOGUE, "mean"))
+        mean = mean_of_squares(sum_of_squares(x, GROUP, N, WARPS, VECTOR), M, N, named(PROLOGUE, "mean"))
         if weight is None and weight_ptr is not None:
             weight = load(weight_ptr + columns, inside)
         x = normalized(x, root_factor(mean + named(PROLOGUE, "eps"), PROLOGUE), weight, PROLOGUE)
@@ -297,6 +305,7 @@ def store_quantized(
     N: tl.constexpr,
     GROUP: tl.constexpr,
     WARPS: tl.constexpr,
+    VECTOR: tl.constexpr,
     PEAK: tl.constexpr,
     PROGRAM: tl.constexpr,
     CODES: tl.constexpr,
@@ -308,7 +317,7 @@ def store_quantized(
     """Quantize a tile of (rows, groups, lanes), and store its codes and scales."""
     if PEAK == "group":
         if x.shape[1] == 1:
-            peak = whole_amax(x, WARPS)
+            peak = whole_amax(x, WARPS, VECTOR)
         else:
             peak = amax(widened(x), 2)
     else:
@@ -323,7 +332,9 @@ def store_quantized(
         widened(x), peak, given, present if PEAK == "group" else None, PROGRAM, CODES, code_ptr.dtype.element_ty
     )
     if named(CODES, "ties") is None:
-        tl.store(code_ptr + rows * N + groups * GROUP + lanes, code, mask)
+        # Told that no more are neighbours, Triton leaves the values to the threads that hold them for the other outputs.
+        at = lanes if VECTOR == 16 else lanes // VECTOR * VECTOR + lanes % VECTOR
+        tl.store(code_ptr + rows * N + groups * GROUP + at, code, mask)
     else:
         pairs = tl.arange(0, lanes.shape[2] // 2)[None, None, :]
         at = rows * (N // 2) + groups * (GROUP // 2) + pairs
@@ -405,6 +416,7 @@ def fused_quant_kernel(
     groups = (tile * GROUPS + tl.arange(0, GROUPS))[None, :, None]
     lanes = tl.arange(0, LANES)[None, None, :]
     columns = groups * GROUP + lanes
+    VECTOR: tl.constexpr = vector_of(sum_ptr, value_ptr)
     # Masks cost an instruction for each register that a load fills.
     FULL: tl.constexpr = LANES == GROUP and N % (GROUPS * GROUP) == 0
     inside = None if FULL else (lanes < GROUP) & (columns < N)
@@ -438,6 +450,7 @@ def fused_quant_kernel(
             N,
             GROUP,
             WARPS,
+            VECTOR,
             ESTIMATES,
             PROLOGUE,
         )
@@ -466,6 +479,7 @@ def fused_quant_kernel(
                 N,
                 GROUP,
                 WARPS,
+                VECTOR,
                 PEAK,
                 PROGRAM,
                 CODES,
