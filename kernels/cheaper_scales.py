@@ -1,7 +1,7 @@
-"""Scales by fewer instructions: other terms that are worth the same for every amax that there can be.
+"""Scales and codes by fewer instructions, where the outputs are the same for every amax that there can be.
 
 Public code takes logarithms where the bits of a float have its exponent, and guards against what cannot happen. The amax of
-bfloat16 or float16 values is one of 32 thousand, so that terms are compared on all of them.
+bfloat16 or float16 values is one of 32 thousand, so that terms are compared on all of them, and quotients bounded.
 """
 
 from __future__ import annotations
@@ -14,11 +14,13 @@ import torch
 
 from fusion_pass.inductor import real_tensors
 from fusion_pass.mx_specs import ELEMENTS, INFINITY_BITS, Multiplier, ScaleMode, carry_into_exponent, multiplied_by
-from fusion_pass.specs import FusedSpec, GatedActivation, Granularity, Quantizer, RMSNorm
+from fusion_pass.specs import FusedSpec, GatedActivation, Granularity, Quantizer, RMSNorm, Rounding
 from fusion_pass.terms import AMAX, Operand, Term, bounds, is_power_of_two, rounded_power
 
 from .reference import evaluate
 
+# The largest magnitude that rounds to a finite code: beyond it, eager code's cast overflows or saturates.
+LARGEST = {torch.float8_e4m3fn: 464.0, torch.float8_e4m3fnuz: 247.99998474121094, torch.float8_e5m2: 61439.99609375}
 # Beyond what a logarithm of at most one ulp of error, or two of them apart, may be off.
 _LOGARITHMS_ERROR = 2.0**-21
 
@@ -39,26 +41,54 @@ def _value_dtype(spec: FusedSpec, input_dtype: torch.dtype) -> torch.dtype:
 
 @cache
 def cheaper(quantizer: Quantizer, dtype: torch.dtype) -> Quantizer:
-    """The quantizer, for values of a dtype, with the first of the cheaper terms that are worth the same."""
+    """The quantizer, for values of a dtype, with the first of the cheaper terms that are worth the same.
+
+    Where no quotient is beyond the largest code, it has a bound there, which the device's cast applies by itself.
+    """
     quantizer = _as_product(quantizer)
     if dtype not in (torch.bfloat16, torch.float16) or any(term.leaves() != {"amax"} for term in _terms(quantizer)):
         return quantizer
     with real_tensors():
-        candidates = list(_candidates(quantizer))
-        if not candidates:
-            return quantizer
-        amaxes = torch.arange(32768, dtype=torch.int16, device="cpu").view(dtype).float()
-        # NaN has many payloads, all alike to terms.
-        amaxes = torch.cat([amaxes[~amaxes.isnan()], torch.tensor([torch.nan], device="cpu")])
-        # Most are told apart by a few.
-        few = amaxes.flip(0)[::61]
-        wanted = _whatever_the_error(quantizer, few)
-        for candidate in candidates:
-            if _is_worth(candidate, few, wanted) and _is_worth(
-                candidate, amaxes, _whatever_the_error(quantizer, amaxes)
-            ):
-                return candidate
+        quantizer = _with_cheaper_terms(quantizer, dtype)
+        if _never_overflows(quantizer, dtype):
+            quantizer = replace(quantizer, clamp=torch.finfo(quantizer.code).max)
+        return quantizer
+
+
+def _with_cheaper_terms(quantizer: Quantizer, dtype: torch.dtype) -> Quantizer:
+    candidates = list(_candidates(quantizer))
+    if not candidates:
+        return quantizer
+    amaxes = _every_amax(dtype)
+    # Most are told apart by a few.
+    few = amaxes.flip(0)[::61]
+    wanted = _whatever_the_error(quantizer, few)
+    for candidate in candidates:
+        if _is_worth(candidate, few, wanted) and _is_worth(candidate, amaxes, _whatever_the_error(quantizer, amaxes)):
+            return candidate
     return quantizer
+
+
+def _every_amax(dtype: torch.dtype) -> torch.Tensor:
+    """In float32, those of values of 16 bits; NaN has many payloads, all alike to terms."""
+    amaxes = torch.arange(32768, dtype=torch.int16, device="cpu").view(dtype).float()
+    return torch.cat([amaxes[~amaxes.isnan()], torch.tensor([torch.nan], device="cpu")])
+
+
+def _never_overflows(quantizer: Quantizer, dtype: torch.dtype) -> bool:
+    """Whether the largest quotient of each amax is NaN or rounds to a code of an fp8 dtype, and so all that are less."""
+    cast = quantizer.rounding is Rounding.CAST and quantizer.e2m1 is None and quantizer.code in LARGEST
+    if not cast or quantizer.clamp is not None:
+        return False
+    amaxes = _every_amax(dtype)
+    # Beside an infinite or absent amax there are finite values.
+    finite = amaxes.clamp(max=torch.finfo(dtype).max).nan_to_num(torch.finfo(dtype).max)
+    for factor, *_ in _whatever_the_error(quantizer, amaxes):
+        for values in (amaxes, finite, torch.full_like(amaxes, torch.inf).where(amaxes.isnan(), finite)):
+            quotients = values / factor if quantizer.divides else values * factor
+            if bool((quotients.to(quantizer.quotient).float().abs() > LARGEST[quantizer.code]).any()):
+                return False
+    return True
 
 
 def _as_product(quantizer: Quantizer) -> Quantizer:

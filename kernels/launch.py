@@ -18,6 +18,7 @@ from fusion_pass.eager import overflow_code
 from fusion_pass.inductor import known
 from fusion_pass.specs import (
     DTYPE_NAMES,
+    Activation,
     FusedSpec,
     GatedActivation,
     Granularity,
@@ -30,7 +31,7 @@ from fusion_pass.specs import (
 from fusion_pass.terms import bounds
 
 from .arithmetic import INTERPRETED
-from .cheaper_scales import with_cheaper_scales
+from .cheaper_scales import LARGEST, with_cheaper_scales
 from .fused_quant import fused_quant_kernel
 from .scale_program import program
 
@@ -40,8 +41,6 @@ _LONGEST_ROW = 65536
 _PAD_SCALES = 1024  # of a program that writes nothing but padding
 _FEW_VALUES = 1 << 20
 _MANY_ROWS = 4096
-# The largest magnitude that rounds to a finite code: beyond it, eager code's cast overflows or saturates.
-_LARGEST = {torch.float8_e4m3fn: 464.0, torch.float8_e4m3fnuz: 247.99998474121094, torch.float8_e5m2: 61439.99609375}
 
 
 @dataclass(frozen=True)
@@ -90,7 +89,8 @@ def configure(spec: FusedSpec, row: int, amount: Amount = Amount.UNKNOWN) -> Lau
     rows = max(1, 1024 // values)
     if isinstance(spec.prologue, RMSNorm) and spec.prologue.residual_sum is None and amount is Amount.MANY:
         return _many_norms(spec, row, rows, groups, lanes)
-    return LaunchConfig(rows, groups, lanes, _warps(rows * values, _values_per_thread(spec, row, values, amount)))
+    warps = _warps(rows * values, _values_per_thread(spec, row, values, amount))
+    return LaunchConfig(rows, groups, lanes, warps, late_weight=_late_by_table(spec, row, values, amount))
 
 
 def _tiles(spec: FusedSpec, groups: int, lanes: int, amount: Amount) -> LaunchConfig:
@@ -128,20 +128,34 @@ def _values_per_thread(spec: FusedSpec, row: int, values: int, amount: Amount) -
     """Of ``values`` lanes that hold a row of ``row``."""
     few, wasteful = amount is Amount.FEW, row <= values * 3 // 4
     if isinstance(spec.prologue, GatedActivation):
-        if few:
-            return 8 if values <= 8192 else 32
-        if values == 8192 and amount is Amount.UNKNOWN:
-            return 16
-        return 16 if values < 8192 else 64 if values == 8192 and wasteful else 32
+        return _gated_values_per_thread(spec.prologue, values, wasteful, amount)
     if few and values <= 8192:
         # Eight warps, unless that leaves a thread less than a vector.
         return max(8, values // 256)
-    if isinstance(spec.prologue, RMSNorm):
-        if spec.prologue.residual_sum is not None:
-            return 32 if values < 8192 else 64 if values == 8192 else 128
-        if row == values == 16384 and spec.quantizer.group is not None:
-            return 32
+    if _late_by_table(spec, row, values, amount):
+        return 32
+    if isinstance(spec.prologue, RMSNorm) and spec.prologue.residual_sum is not None:
+        return 32 if values < 8192 else 64 if values == 8192 else 128
     return 32 if values < 8192 or (values == 8192 and not wasteful) else 64
+
+
+def _gated_values_per_thread(prologue: GatedActivation, values: int, wasteful: bool, amount: Amount) -> int:
+    if amount is Amount.FEW:
+        return 8 if values <= 8192 else 32
+    if values == 8192 and amount is Amount.UNKNOWN:
+        return 16
+    if values > 8192 and prologue.activation in (Activation.GELU, Activation.GELU_TANH):
+        return 64
+    return 16 if values < 8192 else 64 if values == 8192 and wasteful else 32
+
+
+def _late_by_table(spec: FusedSpec, row: int, values: int, amount: Amount) -> bool:
+    """Whether twice the warps with a weight that is read late were faster: more programs fit a processor."""
+    if not isinstance(spec.prologue, RMSNorm) or row != values:
+        return False
+    if spec.prologue.residual_sum is None:
+        return values == 16384 and spec.quantizer.group is not None
+    return values == 8192 and amount is Amount.UNKNOWN and not spec.quantizer.needs_amax
 
 
 def _amount(rows: Any, row: int) -> Amount:
@@ -401,7 +415,7 @@ def _ordinary(quantizer: Quantizer) -> bool:
 
 def overflow(quantizer: Quantizer) -> int | None:
     """The code of a value too large for the dtype, or None where no value is or the cast saturates."""
-    if quantizer.code not in _LARGEST or (quantizer.clamp is not None and quantizer.clamp <= _LARGEST[quantizer.code]):
+    if quantizer.code not in LARGEST or (quantizer.clamp is not None and quantizer.clamp <= LARGEST[quantizer.code]):
         return None
     return overflow_code(quantizer.code)
 
@@ -468,7 +482,7 @@ def quantizer_constants(quantizer: Quantizer) -> dict[str, Any]:
         "adds_zero": quantizer.adds_zero,
         "clamp": None if _cast_clamps(quantizer) else quantizer.clamp,
         "clamp_low": quantizer.least,
-        "largest": _LARGEST.get(quantizer.code),
+        "largest": LARGEST.get(quantizer.code),
         "overflow": overflow(quantizer),
         "ties": None if quantizer.e2m1 is None else quantizer.e2m1.ties.value,
         "sign": None if quantizer.e2m1 is None else quantizer.e2m1.sign.value,

@@ -5,12 +5,13 @@ from dataclasses import replace
 import pytest
 import torch
 from fusion_pass.kernels.cheaper_scales import cheaper, with_cheaper_scales
-from fusion_pass.kernels.reference import evaluate
+from fusion_pass.kernels.reference import evaluate, reference
 from fusion_pass.kernels.scale_program import program
 
 from fusion_pass.mx_specs import Multiplier, ScaleMode, mx_quantizer
 from fusion_pass.specs import FusedSpec, GatedActivation, NoPrologue, PowerOfTwo, Quantizer, QuotientRule, RMSNorm
 from fusion_pass.terms import parse
+from fusion_pass.testing import compare
 
 BF16, F16, F32 = torch.bfloat16, torch.float16, torch.float32
 FP4 = torch.float4_e2m1fn_x2
@@ -124,3 +125,48 @@ def test_only_of_16_bit_values():
 def test_what_amax_is_taken_of_decides(prologue, dtype, replaced):
     spec = FusedSpec(prologue, RCEIL)
     assert (with_cheaper_scales(spec, dtype) != spec) == replaced
+
+
+UNBOUNDED = {"clamp": None, "group": 128}
+
+
+@pytest.mark.parametrize("dtype", [BF16, F16], ids=["bf16", "f16"])
+@pytest.mark.parametrize(
+    "quantizer",
+    [
+        Quantizer.dynamic(**UNBOUNDED),
+        Quantizer.dynamic(**UNBOUNDED, amax_floor=1e-4, power_of_two=PowerOfTwo.CEIL),
+        Quantizer.dynamic(torch.float8_e5m2, 57344.0, amax_floor=1e-30, **UNBOUNDED),
+    ],
+    ids=["e4m3", "power of two", "e5m2"],
+)
+def test_quotients_that_cannot_overflow_are_bounded(quantizer, dtype, device):
+    bounded = cheaper(quantizer, dtype)
+    assert bounded.clamp == torch.finfo(quantizer.code).max
+    bits = torch.arange(65536, dtype=torch.int32).to(torch.int16).view(dtype).to(device)
+    for x in (bits.view(512, 128), bits.view(128, 512).t().contiguous().view(512, 128)):
+        result = compare(
+            reference(FusedSpec(NoPrologue(), bounded), x), reference(FusedSpec(NoPrologue(), quantizer), x)
+        )
+        assert result.equal, result
+
+
+@pytest.mark.parametrize(
+    "quantizer",
+    [
+        Quantizer.dynamic(divisor=470.0, **UNBOUNDED),
+        Quantizer.dynamic(amax_ceiling=100.0, **UNBOUNDED),
+        # A rounded scale may be less than amax over the divisor.
+        Quantizer.dynamic(scale_dtype=BF16, divisor=463.0, **UNBOUNDED),
+        Quantizer.dynamic(power_of_two=PowerOfTwo.FLOOR, **UNBOUNDED),
+        # The least amaxes have scales of few bits, or none.
+        Quantizer.dynamic(torch.float8_e5m2, 57344.0, **UNBOUNDED),
+    ],
+    ids=["divisor", "ceiling", "rounded scale", "power of two", "subnormal scale"],
+)
+def test_quotients_that_may_overflow_are_not(quantizer):
+    assert cheaper(quantizer, BF16).clamp is None
+
+
+def test_quotients_of_32_bits_are_not_bounded():
+    assert cheaper(Quantizer.dynamic(**UNBOUNDED), F32).clamp is None
