@@ -103,12 +103,10 @@ if INTERPRETED:
         return _from_torch(_to_torch(x) + _to_torch(y), x.dtype.scalar)
 
     @triton.jit
-    def low_f16(pair):
+    def half_f16(pair, HALF: tl.constexpr):
+        if HALF == "high":
+            pair = pair >> 16
         return (pair & 0xFFFF).to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32)
-
-    @triton.jit
-    def high_f16(pair):
-        return low_f16(pair >> 16)
 
     @triton.jit
     def amax(x, AXIS: tl.constexpr):
@@ -519,22 +517,10 @@ else:
         return tl.maximum(a, b, propagate_nan=tl.PropagateNan.ALL)
 
     @triton.jit
-    def low_f16(pair):
-        """The f16 in the low half, in float32."""
+    def half_f16(pair, HALF: tl.constexpr):
+        """The f16 in the ``low`` or the ``high`` half, in float32."""
         return tl.inline_asm_elementwise(
-            "{ .reg .b16 a, b; mov.b32 {a, b}, $1; cvt.f32.f16 $0, a; }",
-            "=f,r",
-            [pair],
-            tl.float32,
-            is_pure=True,
-            pack=1,
-        )
-
-    @triton.jit
-    def high_f16(pair):
-        """The f16 in the high half, in float32."""
-        return tl.inline_asm_elementwise(
-            "{ .reg .b16 a, b; mov.b32 {a, b}, $1; cvt.f32.f16 $0, b; }",
+            "{ .reg .b16 low, high; mov.b32 {low, high}, $1; cvt.f32.f16 $0, " + HALF + "; }",
             "=f,r",
             [pair],
             tl.float32,
@@ -618,7 +604,7 @@ else:
 def low(pair, F16: tl.constexpr):
     """The first of each pair, in float32."""
     if F16:
-        value = low_f16(pair)
+        value = half_f16(pair, "low")
     else:
         value = (pair << 16).to(tl.float32, bitcast=True)
     return value
@@ -628,7 +614,7 @@ def low(pair, F16: tl.constexpr):
 def high(pair, F16: tl.constexpr):
     """The second of each pair, in float32."""
     if F16:
-        value = high_f16(pair)
+        value = half_f16(pair, "high")
     else:
         value = (pair & -65536).to(tl.float32, bitcast=True)
     return value

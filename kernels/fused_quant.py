@@ -292,7 +292,6 @@ def quantized(x, peak, given, present, PROGRAM: tl.constexpr, CODES: tl.constexp
 def store_quantized(
     x,
     given,
-    given_ptr,
     amax_ptr,
     code_ptr,
     scale_ptr,
@@ -324,8 +323,6 @@ def store_quantized(
         peak = tl.full([1, 1, 1], 0.0, tl.float32)
     if PEAK == "load":
         peak += tl.load(amax_ptr).to(tl.float32, bitcast=True)
-    if given is None and given_ptr is not None:
-        given = tl.load(given_ptr).to(tl.float32)
     given = tl.full(peak.shape, 0.0, tl.float32) + (0.0 if given is None else given)
     present = (rows < M) & (groups < N // GROUP)
     code, scale = quantized(
@@ -461,12 +458,13 @@ def fused_quant_kernel(
             bits = tl.max(amax(x, 2).to(tl.int32, bitcast=True), 1)
             tl.atomic_max(amax_ptr, tl.max(tl.max(bits, 1), 0))
         else:
+            if given is None and given_ptr is not None:
+                given = tl.load(given_ptr).to(tl.float32)
             if value_ptr is not None:
                 tl.store(value_ptr + rows * N + columns, cast(x, value_ptr.dtype.element_ty), mask)
             store_quantized(
                 x,
                 given,
-                given_ptr,
                 amax_ptr,
                 code_ptr,
                 scale_ptr,

@@ -89,8 +89,9 @@ def configure(spec: FusedSpec, row: int, amount: Amount = Amount.UNKNOWN) -> Lau
     rows = max(1, 1024 // values)
     if isinstance(spec.prologue, RMSNorm) and spec.prologue.residual_sum is None and amount is Amount.MANY:
         return _many_norms(spec, row, rows, groups, lanes)
-    warps = _warps(rows * values, _values_per_thread(spec, row, values, amount))
-    return LaunchConfig(rows, groups, lanes, warps, late_weight=_late_by_table(spec, row, values, amount))
+    late = _late_by_table(spec, row, values, amount)
+    per_thread = 32 if late else _values_per_thread(spec, row, values, amount)
+    return LaunchConfig(rows, groups, lanes, _warps(rows * values, per_thread), late_weight=late)
 
 
 def _tiles(spec: FusedSpec, groups: int, lanes: int, amount: Amount) -> LaunchConfig:
@@ -132,8 +133,6 @@ def _values_per_thread(spec: FusedSpec, row: int, values: int, amount: Amount) -
     if few and values <= 8192:
         # Eight warps, unless that leaves a thread less than a vector.
         return max(8, values // 256)
-    if _late_by_table(spec, row, values, amount):
-        return 32
     if isinstance(spec.prologue, RMSNorm) and spec.prologue.residual_sum is not None:
         return 32 if values < 8192 else 64 if values == 8192 else 128
     return 32 if values < 8192 or (values == 8192 and not wasteful) else 64

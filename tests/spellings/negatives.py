@@ -6,7 +6,7 @@ import torch.nn.functional as F  # noqa: N812
 from . import negative
 from .inputs import BF16, F16, F32, halves, normed, pair, spread, weightless
 from .positives_norms import llama
-from .quantizers import E4M3, per_group_128, per_token
+from .quantizers import E4M3, per_group_32, per_group_128, per_token
 
 MADE_UP = "made up:"
 TRANSFORMERS = "huggingface/transformers src/transformers/models"
@@ -327,9 +327,7 @@ def rows_flipped(x):
     f"{MADE_UP} blocked scales whose tiles go down the columns", "quant_per_group_32", inputs=spread(shape=(256, 256))
 )
 def tiles_by_columns(x):
-    grouped = x.float().unflatten(-1, (-1, 32))
-    scales = grouped.abs().amax(-1).clamp(1e-4) / 448.0
-    codes = (grouped / scales.unsqueeze(-1)).clamp(-448.0, 448.0).to(E4M3).flatten(-2)
+    codes, scales = per_group_32(x)
     tiles = scales.view(2, 128, 2, 4).permute(2, 0, 1, 3)
     return codes, tiles.reshape(-1, 4, 32, 4).transpose(1, 2).reshape(-1, 32, 16).flatten()
 

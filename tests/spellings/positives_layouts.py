@@ -7,7 +7,7 @@ from . import positive
 from .inputs import halves, normed, pair, spread
 from .positives_activations import vllm as silu_and_mul
 from .positives_norms import llama
-from .quantizers import E4M3, per_group_64, per_group_128, per_token, ue8m0_per_group_128
+from .quantizers import E4M3, per_group_32, per_group_64, per_group_128, per_token, ue8m0_per_group_128
 
 VLLM = "vllm-project/vllm vllm/model_executor/layers/quantization"
 LAYOUT = "deepseek-ai/DeepGEMM tests/test_layout.py"
@@ -202,9 +202,7 @@ def exponent_bytes(x):
     inputs=spread(shape=(128, 256)),
 )
 def blocked(x):
-    grouped = x.float().unflatten(-1, (-1, 32))
-    scales = grouped.abs().amax(-1).clamp(1e-4) / 448.0
-    codes = (grouped / scales.unsqueeze(-1)).clamp(-448.0, 448.0).to(E4M3).flatten(-2)
+    codes, scales = per_group_32(x)
     tiles = scales.view(1, 128, 2, 4).permute(0, 2, 1, 3)
     return codes, tiles.reshape(-1, 4, 32, 4).transpose(1, 2).reshape(-1, 32, 16).flatten()
 
@@ -215,9 +213,7 @@ def blocked(x):
     inputs=spread(shape=(160, 288)),
 )
 def blocked_in_two_copies(x):
-    grouped = x.float().unflatten(-1, (-1, 32))
-    scales = grouped.abs().amax(-1).clamp(1e-4) / 448.0
-    codes = (grouped / scales.unsqueeze(-1)).clamp(-448.0, 448.0).to(E4M3).flatten(-2)
+    codes, scales = per_group_32(x)
     padded = F.pad(scales, (0, 3, 0, 96))
     tiles = padded.view(2, 128, 3, 4).permute(0, 2, 1, 3)
     return codes, tiles.reshape(-1, 4, 32, 4).transpose(1, 2).reshape(-1, 32, 16).flatten()
@@ -229,7 +225,5 @@ def blocked_in_two_copies(x):
     inputs=spread(shape=(32, 256)),
 )
 def shuffled(x):
-    grouped = x.float().unflatten(-1, (-1, 32))
-    scales = grouped.abs().amax(-1).clamp(1e-4) / 448.0
-    codes = (grouped / scales.unsqueeze(-1)).clamp(-448.0, 448.0).to(E4M3).flatten(-2)
+    codes, scales = per_group_32(x)
     return codes, scales.view(1, 2, 16, 1, 2, 4).permute(0, 3, 5, 2, 4, 1).contiguous().view(32, 8)

@@ -23,6 +23,12 @@ def per_group_64(x):
     return (grouped / scale).clamp(-448.0, 448.0).to(E4M3).reshape(x.shape), scale.squeeze(-1)
 
 
+def per_group_32(x):
+    grouped = x.float().unflatten(-1, (-1, 32))
+    scales = grouped.abs().amax(-1).clamp(1e-4) / 448.0
+    return (grouped / scales.unsqueeze(-1)).clamp(-448.0, 448.0).to(E4M3).flatten(-2), scales
+
+
 def vllm_per_token(x):
     greatest, _ = x.abs().max(dim=-1)
     scale = (greatest.unsqueeze(-1).to(torch.float32) / 448.0).clamp(min=1.0 / (448.0 * 512.0))
