@@ -12,7 +12,7 @@ from torch.autograd import DeviceType
 
 _STEPS = 3
 # What Triton compiled: Inductor's kernels, and the fused ones.
-_COMPILED = re.compile(r"triton_|fused_quant_kernel|cast_transpose_kernel")
+_COMPILED = re.compile(r"triton_|fused_quant_(split_)?kernel|cast_transpose_kernel")
 
 
 class Launches(NamedTuple):

@@ -99,9 +99,9 @@ def launches(model: Callable[..., Any], ids: torch.Tensor) -> str:
     """What Inductor's generated code launches: Triton kernels, ours among them, and calls of other ops."""
     _, codes = run_and_get_code(model, ids)
     body = "\n".join(code[code.index("def call(") :] for code in codes)
-    ours = len(re.findall(r"fused_quant_kernel\w*\.run\(", body))
+    ours = len(re.findall(r"fused_quant_(?:split_)?kernel\w*\.run\(", body))
     return (
-        f"{len(re.findall(r'[.]run[(]', body))} Triton kernels, {ours} of them fused_quant_kernel, "
+        f"{len(re.findall(r'[.]run[(]', body))} Triton kernels, {ours} of them fused_quant kernels, "
         f"{len(re.findall(r'extern_kernels[.]', body))} extern kernels, "
         f"{body.count('torch.ops.fusion_pass')} calls of torch.ops.fusion_pass"
     )

@@ -208,9 +208,8 @@ def within(rows, M, inside, PROGRAM_ROWS: tl.constexpr):
 
 
 @triton.jit
-def residual_sum(x, other_ptr, sum_ptr, other_at, out_at, mask, ROUNDING: tl.constexpr):
-    """The f32 tile x + other, rounded, which is stored before it is rounded."""
-    other = load(other_ptr + other_at, mask)
+def residual_sum(x, other, sum_ptr, out_at, mask, ROUNDING: tl.constexpr):
+    """The f32 tile x + other, rounded; unless there is no ``sum_ptr`` it is stored before it is rounded."""
     if (
         x.dtype == other.dtype
         and rounds_to(ROUNDING, x.dtype)
@@ -224,6 +223,43 @@ def residual_sum(x, other_ptr, sum_ptr, other_at, out_at, mask, ROUNDING: tl.con
     if sum_ptr is not None:
         tl.store(sum_ptr + out_at, cast(stored, sum_ptr.dtype.element_ty), mask)
     return total
+
+
+@triton.constexpr_function
+def adds_residual(prologue, other):
+    """Whether ``other`` is a norm's residual: not its gate, nor an activation's up half."""
+    return named(prologue, "kind") == "norm" and named(prologue, "gate") is None and other is not None
+
+
+@triton.jit
+def norm_factor(
+    x, M, N: tl.constexpr, GROUP: tl.constexpr, WARPS: tl.constexpr, VECTOR: tl.constexpr, PROLOGUE: tl.constexpr
+):
+    """What a norm multiplies each row of a f32 tile of whole rows with, see :func:`root_factor`."""
+    mean = mean_of_squares(sum_of_squares(x, GROUP, N, WARPS, VECTOR), M, N, named(PROLOGUE, "mean"))
+    return root_factor(mean + named(PROLOGUE, "eps"), PROLOGUE)
+
+
+@triton.jit
+def value_of(x, factor, weight, other, OF: tl.constexpr, PROLOGUE: tl.constexpr):
+    """What is quantized, in 16 bits if it was rounded to them last, else in float32.
+
+    x is what was read, in float32 unless there is no prologue, and for a norm with its residual; ``factor`` is the norm's.
+    """
+    KIND: tl.constexpr = named(PROLOGUE, "kind")
+    if KIND == "norm":
+        GATE: tl.constexpr = named(PROLOGUE, "gate")
+        x = normalized(x, factor, weight, PROLOGUE)
+        if GATE is not None:
+            gate = widened(other)
+            if GATE == "silu":
+                gate = silu(gate, None)
+            else:
+                gate = sigmoid(gate, None)
+            x = round_to(widened(x) * gate, named(PROLOGUE, "gated_rounding"))
+    if KIND == "gated":
+        x = gated_activation(x, other, OF, PROLOGUE)
+    return x
 
 
 @triton.jit
@@ -246,36 +282,25 @@ def prologue_value(
     ESTIMATES: tl.constexpr,
     PROLOGUE: tl.constexpr,
 ):
-    """What is quantized of a tile x of (rows, groups, lanes), in 16 bits if it was rounded to them last, else in float32.
+    """What is quantized of a tile x of (rows, groups, lanes), see :func:`value_of`.
 
     A norm's tile is of whole rows; its residual sum is stored.
     """
     KIND: tl.constexpr = named(PROLOGUE, "kind")
-    RESIDUAL: tl.constexpr = KIND == "norm" and named(PROLOGUE, "gate") is None and other_ptr is not None
     OF: tl.constexpr = x.dtype if ESTIMATES else tl.float32
-    if RESIDUAL:
-        x = residual_sum(x, other_ptr, sum_ptr, other_at, out_at, mask, named(PROLOGUE, "sum_rounding"))
+    other = None
+    factor = None
+    if adds_residual(PROLOGUE, other_ptr):
+        x = residual_sum(x, load(other_ptr + other_at, mask), sum_ptr, out_at, mask, named(PROLOGUE, "sum_rounding"))
     elif KIND != "none":
         x = widened(x)
     if KIND == "norm":
-        GATE: tl.constexpr = named(PROLOGUE, "gate")
-        mean = mean_of_squares(sum_of_squares(x, GROUP, N, WARPS, VECTOR), M, N, named(PROLOGUE, "mean"))
+        factor = norm_factor(x, M, N, GROUP, WARPS, VECTOR, PROLOGUE)
         if weight is None and weight_ptr is not None:
             weight = load(weight_ptr + columns, inside)
-        x = normalized(x, root_factor(mean + named(PROLOGUE, "eps"), PROLOGUE), weight, PROLOGUE)
-        if GATE is not None:
-            gate = widened(load(other_ptr + other_at, mask))
-            if GATE == "silu":
-                gate = silu(gate, None)
-            else:
-                gate = sigmoid(gate, None)
-            x = round_to(widened(x) * gate, named(PROLOGUE, "gated_rounding"))
-    if KIND == "gated":
-        up = None
-        if other_ptr is not None:
-            up = load(other_ptr + other_at, mask)
-        x = gated_activation(x, up, OF, PROLOGUE)
-    return x
+    if other_ptr is not None and not adds_residual(PROLOGUE, other_ptr):
+        other = load(other_ptr + other_at, mask)
+    return value_of(x, factor, weight, other, OF, PROLOGUE)
 
 
 @triton.jit
@@ -291,6 +316,7 @@ def quantized(x, peak, given, present, PROGRAM: tl.constexpr, CODES: tl.constexp
 @triton.jit
 def store_quantized(
     x,
+    peak,
     given,
     amax_ptr,
     code_ptr,
@@ -313,13 +339,13 @@ def store_quantized(
     PAD_ROWS: tl.constexpr,
     PAD_GROUPS: tl.constexpr,
 ):
-    """Quantize a tile of (rows, groups, lanes), and store its codes and scales."""
+    """Quantize a tile of (rows, groups, lanes), and store its codes and scales; ``peak`` is the amax where PEAK is ``row``."""
     if PEAK == "group":
         if x.shape[1] == 1:
             peak = whole_amax(x, WARPS, VECTOR)
         else:
             peak = amax(widened(x), 2)
-    else:
+    elif PEAK != "row":
         peak = tl.full([1, 1, 1], 0.0, tl.float32)
     if PEAK == "load":
         peak += tl.load(amax_ptr).to(tl.float32, bitcast=True)
@@ -337,7 +363,10 @@ def store_quantized(
         at = rows * (N // 2) + groups * (GROUP // 2) + pairs
         tl.store(code_ptr + at, code, present & (pairs < GROUP // 2))
     if scale_ptr is not None:
-        if PEAK != "group":
+        if PEAK == "row":
+            at = rows
+            present = rows < tl.where(tl.program_id(1) == 0, M, 0)
+        elif PEAK != "group":
             at = tl.full([1, 1, 1], 0, tl.int32)
             present = at == tl.program_id(0) + tl.program_id(1)
         elif LAYOUT == "row":
@@ -464,6 +493,7 @@ def fused_quant_kernel(
                 tl.store(value_ptr + rows * N + columns, cast(x, value_ptr.dtype.element_ty), mask)
             store_quantized(
                 x,
+                None,
                 given,
                 amax_ptr,
                 code_ptr,

@@ -22,6 +22,7 @@ from fusion_pass.specs import (
     FusedSpec,
     GatedActivation,
     Granularity,
+    NoPrologue,
     Quantizer,
     RMSNorm,
     Rounding,
@@ -34,12 +35,15 @@ from .arithmetic import INTERPRETED
 from .cheaper_scales import LARGEST, with_cheaper_scales
 from .fused_quant import fused_quant_kernel
 from .scale_program import program
+from .split_rows import fused_quant_split_kernel
 
 # Values that a program holds; measured on an H200, where 1 x 1024 tiles and one 4096-value row are nearest the floor.
 _TILE_VALUES = 1024
 _LONGEST_ROW = 65536
 _PAD_SCALES = 1024  # of a program that writes nothing but padding
 _FEW_VALUES = 1 << 20
+# Arguments of a kernel of whole rows that one of parts of rows has not.
+_OF_WHOLE_TILES = {"amax_ptr", "ROWS", "STEPS", "LATE_WEIGHT"}
 _MANY_ROWS = 4096
 
 
@@ -54,6 +58,7 @@ class LaunchConfig:
         warps: warps per program.
         steps: tiles per program, one below the other; each is read while the one before is worked on.
         late_weight: whether a norm's weight is read after the row is summed: fewer registers, a longer wait.
+        parts: programs to a row, each of which reads the row and quantizes its part of ``groups``.
     """
 
     rows: int
@@ -62,6 +67,7 @@ class LaunchConfig:
     warps: int
     steps: int = 1
     late_weight: bool = False
+    parts: int = 1
 
 
 class Amount(enum.Enum):
@@ -72,18 +78,22 @@ class Amount(enum.Enum):
     MANY = "many"  # rows enough for programs that take several
 
 
-@cache
-def configure(spec: FusedSpec, row: int, amount: Amount = Amount.UNKNOWN) -> LaunchConfig:
-    """The launch configuration for rows of ``row`` values.
+def configure(spec: FusedSpec, row: int, rows: Any = None) -> LaunchConfig:
+    """The launch configuration for ``rows`` rows of ``row`` values; a number that is not known as one integer is None or symbolic.
 
-    What decides is the cell and the row length. See benchmarks/tune.py for the measurements (one H200) behind the numbers;
-    on other GPUs they are untested.
+    What decides is the cell, the row length, and how many rows there are. See benchmarks/tune.py for the measurements (one
+    H200) behind the numbers; on other GPUs they are untested.
     """
-    group = group_length(spec, row)
-    lanes = triton.next_power_of_2(group)
-    groups = triton.next_power_of_2(-(-row // group))
+    return _configured(spec, row, _amount(rows, row), _parts(spec, row, rows))
+
+
+@cache
+def _configured(spec: FusedSpec, row: int, amount: Amount, parts: int) -> LaunchConfig:
+    groups, lanes = _powers_of_two(spec, row)
     if not _whole_rows(spec):
         return _tiles(spec, groups, lanes, amount)
+    if parts > 1:
+        return _split(spec, groups, lanes, parts)
     values = groups * lanes
     # Short rows leave lanes idle unless several share a program.
     rows = max(1, 1024 // values)
@@ -92,6 +102,12 @@ def configure(spec: FusedSpec, row: int, amount: Amount = Amount.UNKNOWN) -> Lau
     late = _late_by_table(spec, row, values, amount)
     per_thread = 32 if late else _values_per_thread(spec, row, values, amount)
     return LaunchConfig(rows, groups, lanes, _warps(rows * values, per_thread), late_weight=late)
+
+
+def _powers_of_two(spec: FusedSpec, row: int) -> tuple[int, int]:
+    """The groups of a row, and the values of a group, rounded up."""
+    group = group_length(spec, row)
+    return triton.next_power_of_2(-(-row // group)), triton.next_power_of_2(group)
 
 
 def _tiles(spec: FusedSpec, groups: int, lanes: int, amount: Amount) -> LaunchConfig:
@@ -121,8 +137,45 @@ def _many_norms(spec: FusedSpec, row: int, rows: int, groups: int, lanes: int) -
         steps = 2 if row == values == 4096 and lanes >= 128 and spec.layout is not ScaleLayout.ROW else 1
         return LaunchConfig(rows, groups, lanes, _warps(rows * values, per_thread), steps)
     # What lies between amax and scale is computed for every 16 values of a group: short groups want more threads.
-    per_thread = 64 if row == values == 8192 or lanes < 128 else 128
-    return LaunchConfig(1, groups, lanes, _warps(values, per_thread), late_weight=True)
+    per_thread = 64 if values == 8192 and (row == values or lanes < 128) else 128
+    late = row != 16384 or spec.quantizer.group is None or lanes < 128
+    return LaunchConfig(1, groups, lanes, _warps(values, per_thread), late_weight=late)
+
+
+def _parts(spec: FusedSpec, row: int, rows: Any) -> int:
+    """How many programs share a row: more than one where whole rows leave processors idle, and are long."""
+    in_two_launches = spec.quantizer.granularity is Granularity.TENSOR and spec.quantizer.needs_amax
+    if not isinstance(rows, int) or rows > 64 or not _whole_rows(spec) or in_two_launches:
+        return 1
+    groups, lanes = _powers_of_two(spec, row)
+    parts = _parts_by_table(spec.prologue, min(groups * lanes, 16384), rows)
+    return parts if spec.quantizer.group is None else min(parts, groups)
+
+
+def _parts_by_table(prologue: Any, values: int, rows: int) -> int:
+    if isinstance(prologue, GatedActivation):
+        # All of a row is activated in each of its programs.
+        return {4096: 4, 8192: 8, 16384: 4}.get(values, 1) if rows <= 16 or (rows <= 32 and values == 16384) else 1
+    residual = isinstance(prologue, RMSNorm) and prologue.residual_sum is not None
+    if rows <= 16:
+        return {2048: 2, 4096: 4, 8192: 8 if residual else 4, 16384: 8}.get(values, 1)
+    return 2 if values >= (4096 if rows <= 32 else 8192) and (rows <= 32 or not residual) else 1
+
+
+def _split(spec: FusedSpec, groups: int, lanes: int, parts: int) -> LaunchConfig:
+    """Of rows that ``parts`` programs share."""
+    values, in_groups = groups * lanes, spec.quantizer.group is not None
+    if isinstance(spec.prologue, GatedActivation):
+        warps = 16 if values <= 8192 else 8
+    else:
+        warps = 4 if values // parts <= 1024 else 8
+        if values >= 16384 and (in_groups or isinstance(spec.prologue, NoPrologue)):
+            warps = 16
+    # A thread holds no more of a row than its registers do.
+    warps = max(warps, _warps(values, 64))
+    return LaunchConfig(
+        1, groups // parts if in_groups else 1, lanes if in_groups else lanes // parts, warps, parts=parts
+    )
 
 
 def _values_per_thread(spec: FusedSpec, row: int, values: int, amount: Amount) -> int:
@@ -135,6 +188,8 @@ def _values_per_thread(spec: FusedSpec, row: int, values: int, amount: Amount) -
         return max(8, values // 256)
     if isinstance(spec.prologue, RMSNorm) and spec.prologue.residual_sum is not None:
         return 32 if values < 8192 else 64 if values == 8192 else 128
+    if values == 16384 and isinstance(spec.prologue, RMSNorm) and spec.quantizer.group is not None:
+        return 32
     return 32 if values < 8192 or (values == 8192 and not wasteful) else 64
 
 
@@ -143,18 +198,15 @@ def _gated_values_per_thread(prologue: GatedActivation, values: int, wasteful: b
         return 8 if values <= 8192 else 32
     if values == 8192 and amount is Amount.UNKNOWN:
         return 16
-    if values > 8192 and prologue.activation in (Activation.GELU, Activation.GELU_TANH):
-        return 64
+    if values >= 8192 and not wasteful and prologue.activation in (Activation.GELU, Activation.GELU_TANH):
+        return 16 if values == 8192 else 64
     return 16 if values < 8192 else 64 if values == 8192 and wasteful else 32
 
 
 def _late_by_table(spec: FusedSpec, row: int, values: int, amount: Amount) -> bool:
     """Whether twice the warps with a weight that is read late were faster: more programs fit a processor."""
-    if not isinstance(spec.prologue, RMSNorm) or row != values:
-        return False
-    if spec.prologue.residual_sum is None:
-        return values == 16384 and spec.quantizer.group is not None
-    return values == 8192 and amount is Amount.UNKNOWN and not spec.quantizer.needs_amax
+    residual = isinstance(spec.prologue, RMSNorm) and spec.prologue.residual_sum is not None
+    return residual and row == values == 8192 and amount is Amount.UNKNOWN and not spec.quantizer.needs_amax
 
 
 def _amount(rows: Any, row: int) -> Amount:
@@ -182,8 +234,9 @@ def group_length(spec: FusedSpec, row: int) -> int:
 def _in_warps(spec: FusedSpec, row: int, config: LaunchConfig) -> bool:
     """Whether a tile is one row of which each thread of several warps reads whole vectors of 16 values, or 2, 4 or 8 in all."""
     one_row = config.rows == 1 and _whole_rows(spec) and row % 16 == 0
-    contiguous = config.groups == 1 or (config.lanes == group_length(spec, row) and config.lanes >= 16)
-    enough = config.groups * config.lanes >= 64 * config.warps > 64
+    groups = config.groups * config.parts
+    contiguous = spec.quantizer.group is None or groups == 1 or config.lanes == spec.quantizer.group >= 16
+    enough = groups * config.lanes >= 64 * config.warps > 64
     return one_row and contiguous and enough and spec.quantizer.e2m1 is None
 
 
@@ -231,9 +284,10 @@ def launch_into_buffers(
     spec = with_cheaper_scales(spec, x.dtype)
     x, x_stride = rows_of(x)
     other, other_stride = (None, None) if other is None else rows_of(other)
-    group = group_length(spec, row)
     count = x.numel() // row
-    config = configure(spec, row, _amount(count, row))
+    config = configure(spec, row, count)
+    # Of a row that programs share, each quantizes what may as well be a group.
+    group = config.lanes if config.parts > 1 and spec.quantizer.group is None else group_length(spec, row)
     one_matrix = all(isinstance(size, int) and size == 1 for size in x.shape[:-2])
     columns = -(-row // group)
     pads = one_matrix and _writes_padding(spec, config, count, columns)
@@ -266,7 +320,7 @@ def launch_into_buffers(
         "LATE_WEIGHT": config.late_weight,
         "WARPS": config.warps if _in_warps(spec, row, config) else None,
         "ESTIMATES": _takes_estimates(spec, x),
-        "PEAK": "group" if spec.quantizer.needs_amax else "none",
+        "PEAK": _peak(spec, config),
         **constants(spec),
         # Beside two tiles, what it saves elsewhere takes registers: a program less to a processor.
         "ONE_MATRIX": pads or (one_matrix and config.steps == 1),
@@ -275,6 +329,11 @@ def launch_into_buffers(
         "PAD_GROUPS": pad_groups,
         "num_warps": config.warps,
     }
+    if config.parts > 1:
+        wrap(fused_quant_split_kernel)[grid](
+            **{name: value for name, value in arguments.items() if name not in _OF_WHOLE_TILES}, PARTS=config.parts
+        )
+        return outputs
     if spec.quantizer.granularity is Granularity.TENSOR and spec.quantizer.needs_amax:
         amax = _zeros([1], torch.int32, x.device)
         first = dict.fromkeys(("code_ptr", "scale_ptr", "sum_ptr", "value_ptr"))
@@ -282,6 +341,13 @@ def launch_into_buffers(
         arguments |= {"amax_ptr": amax, "PEAK": "load"}
     wrap(fused_quant_kernel)[grid](**arguments)
     return outputs
+
+
+def _peak(spec: FusedSpec, config: LaunchConfig) -> str:
+    """Where a kernel finds the amax: of groups of its tile, or of the row of which it has a part."""
+    if not spec.quantizer.needs_amax:
+        return "none"
+    return "row" if config.parts > 1 and spec.quantizer.group is None else "group"
 
 
 def _programs(spec: FusedSpec, config: LaunchConfig, rows: Any, columns: int, pad_tile: int | None) -> tuple[Any, int]:
@@ -328,7 +394,7 @@ def _writes_padding(spec: FusedSpec, config: LaunchConfig, rows: Any, columns: i
     """
     if spec.quantizer.granularity is Granularity.TENSOR or not has_padding(spec.layout, rows, columns):
         return False
-    return not _whole_rows(spec) or padded(spec.layout, 1, columns)[1] <= config.groups
+    return not _whole_rows(spec) or padded(spec.layout, 1, columns)[1] <= config.groups * config.parts
 
 
 def allocate(spec: FusedSpec, x: torch.Tensor, filled: bool = True) -> list[torch.Tensor]:

@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import itertools
+import math
 
 import pytest
 import torch
@@ -403,10 +404,55 @@ def test_no_rows(device):
     assert scale.shape == (0, 2)
 
 
-def test_a_launch_is_chosen_by_the_row_alone():
+def test_a_launch_is_chosen_once():
     spec = FusedSpec(RMSNorm(1e-6), Quantizer.dynamic())
     assert configure(spec, 4096) is configure(spec, 4096)
+    assert configure(spec, 4096, 3) is configure(spec, 4096, 5)
     assert configure(spec, 5120).groups * configure(spec, 5120).lanes >= 5120
+
+
+@pytest.mark.parametrize("quantizer", [Quantizer.dynamic(), Quantizer.dynamic(group=128), Quantizer.dynamic(group=32)])
+@pytest.mark.parametrize("prologue", [RMSNorm(1e-6), RMSNorm(1e-6, residual_sum=BF16), NoPrologue(), GatedActivation()])
+def test_parts_cover_rows(prologue, quantizer):
+    """Whatever the table says: no part without groups, all of them together a row, and no more of it than registers hold."""
+    for row, rows in itertools.product([256, 1024, 2048, 2944, 4096, 7168, 16384, 65536], [1, 8, 16, 32, 64, 100]):
+        config = configure(FusedSpec(prologue, quantizer), row, rows)
+        if config.parts > 1:
+            assert config.parts * config.groups * config.lanes == triton.next_power_of_2(row)
+            assert config.parts * config.groups * config.lanes <= 64 * 32 * config.warps
+            assert config.parts * rows <= 132
+
+
+SHARED = {
+    "token": Quantizer.dynamic(amax_floor=1e-10),
+    "int8": Quantizer.dynamic(
+        code=torch.int8, divisor=127.0, clamp=127.0, amax_floor=1e-10, rounding=Rounding.NEAREST_EVEN
+    ),
+    "group": Quantizer.dynamic(group=64, amax_floor=1e-10),
+    "static": Quantizer.static(),
+}
+
+
+@pytest.mark.parametrize("quantizer", SHARED)
+@pytest.mark.parametrize("prologue", prologues("cpu", BF16))
+def test_rows_that_programs_share(prologue, quantizer, device):
+    """Rows that fill their parts, that leave one part with less and others with nothing, and of more than one matrix."""
+    spec = FusedSpec(prologues(device, BF16)[prologue], SHARED[quantizer])
+    whole = isinstance(spec.prologue, RMSNorm) or quantizer in ("token", "int8")
+    for shape, dtype in (((2, 4096), BF16), ((1, 3, 4160), F16), ((1, 5184), F32)):
+        assert (configure(spec, shape[-1], math.prod(shape[:-1])).parts > 1) == whole
+        if whole:
+            check(spec, shape, dtype, device)
+
+
+@pytest.mark.parametrize("layout", ScaleLayout)
+@pytest.mark.parametrize("quantizer", [SHARED["group"], BYTES], ids=["f32", "bytes"])
+def test_outputs_of_rows_that_programs_share(layout, quantizer, device):
+    if layout is ScaleLayout.PACKED and quantizer is not BYTES:
+        return
+    prologue = prologues(device, BF16)["add norm"]
+    for shape in ((3, 2048), (2, 5, 2112)):
+        check(FusedSpec(prologue, quantizer, layout, sum_output=BF16, value_output=BF16), shape, BF16, device)
 
 
 @pytest.mark.parametrize("steps", [2, 3])
