@@ -97,7 +97,7 @@ def _configured(spec: FusedSpec, row: int, amount: Amount, parts: int) -> Launch
     values = groups * lanes
     # Short rows leave lanes idle unless several share a program.
     rows = max(1, 1024 // values)
-    if isinstance(spec.prologue, RMSNorm) and spec.prologue.residual_sum is None and amount is Amount.MANY:
+    if isinstance(spec.prologue, RMSNorm) and not _adds(spec.prologue) and amount is Amount.MANY:
         return _many_norms(spec, row, rows, groups, lanes)
     late = _late_by_table(spec, row, values, amount)
     per_thread = 32 if late else _values_per_thread(spec, row, values, amount)
@@ -116,6 +116,7 @@ def _tiles(spec: FusedSpec, groups: int, lanes: int, amount: Amount) -> LaunchCo
     values, rows, per_thread = _TILE_VALUES, 1, 8 if few or gated else 16
     if few and gated:
         values, per_thread = _TILE_VALUES // 2, 4
+        rows = 2 if spec.layout in (ScaleLayout.COLUMN, ScaleLayout.TMA) and lanes >= 128 else 1
     elif spec.layout is ScaleLayout.PACKED:
         # Four neighbours in a row are one word, and a tile with all of them writes it at once.
         per_thread = 16
@@ -138,7 +139,7 @@ def _many_norms(spec: FusedSpec, row: int, rows: int, groups: int, lanes: int) -
         return LaunchConfig(rows, groups, lanes, _warps(rows * values, per_thread), steps)
     # What lies between amax and scale is computed for every 16 values of a group: short groups want more threads.
     per_thread = 64 if values == 8192 and (row == values or lanes < 128) else 128
-    late = row != 16384 or spec.quantizer.group is None or lanes < 128
+    late = row != 16384 or spec.layout is ScaleLayout.ROW or lanes < 128
     return LaunchConfig(1, groups, lanes, _warps(values, per_thread), late_weight=late)
 
 
@@ -156,10 +157,16 @@ def _parts_by_table(prologue: Any, values: int, rows: int) -> int:
     if isinstance(prologue, GatedActivation):
         # All of a row is activated in each of its programs.
         return {4096: 4, 8192: 8, 16384: 4}.get(values, 1) if rows <= 16 or (rows <= 32 and values == 16384) else 1
-    residual = isinstance(prologue, RMSNorm) and prologue.residual_sum is not None
     if rows <= 16:
-        return {2048: 2, 4096: 4, 8192: 8 if residual else 4, 16384: 8}.get(values, 1)
-    return 2 if values >= (4096 if rows <= 32 else 8192) and (rows <= 32 or not residual) else 1
+        return {2048: 2, 4096: 4, 8192: 8 if _adds(prologue) else 4, 16384: 8}.get(values, 1)
+    if rows <= 32:
+        return 2 if values >= 4096 else 1
+    return 2 if values >= 8192 and not _adds(prologue) else 1
+
+
+def _adds(prologue: Any) -> bool:
+    """Whether a residual is added, and another row read."""
+    return isinstance(prologue, RMSNorm) and prologue.residual_sum is not None
 
 
 def _split(spec: FusedSpec, groups: int, lanes: int, parts: int) -> LaunchConfig:
@@ -168,7 +175,7 @@ def _split(spec: FusedSpec, groups: int, lanes: int, parts: int) -> LaunchConfig
     if isinstance(spec.prologue, GatedActivation):
         warps = 16 if values <= 8192 else 8
     else:
-        warps = 4 if values // parts <= 1024 else 8
+        warps = 8 if values // parts > 1024 or _adds(spec.prologue) else 4
         if values >= 16384 and (in_groups or isinstance(spec.prologue, NoPrologue)):
             warps = 16
     # A thread holds no more of a row than its registers do.
@@ -186,10 +193,8 @@ def _values_per_thread(spec: FusedSpec, row: int, values: int, amount: Amount) -
     if few and values <= 8192:
         # Eight warps, unless that leaves a thread less than a vector.
         return max(8, values // 256)
-    if isinstance(spec.prologue, RMSNorm) and spec.prologue.residual_sum is not None:
+    if _adds(spec.prologue):
         return 32 if values < 8192 else 64 if values == 8192 else 128
-    if values == 16384 and isinstance(spec.prologue, RMSNorm) and spec.quantizer.group is not None:
-        return 32
     return 32 if values < 8192 or (values == 8192 and not wasteful) else 64
 
 
@@ -205,8 +210,12 @@ def _gated_values_per_thread(prologue: GatedActivation, values: int, wasteful: b
 
 def _late_by_table(spec: FusedSpec, row: int, values: int, amount: Amount) -> bool:
     """Whether twice the warps with a weight that is read late were faster: more programs fit a processor."""
-    residual = isinstance(spec.prologue, RMSNorm) and spec.prologue.residual_sum is not None
-    return residual and row == values == 8192 and amount is Amount.UNKNOWN and not spec.quantizer.needs_amax
+    if not isinstance(spec.prologue, RMSNorm) or row != values:
+        return False
+    if not _adds(spec.prologue):
+        # With the weight, newer Tritons than 3.6 need 81 registers instead of 64: half the programs.
+        return values == 16384 and spec.quantizer.group is not None
+    return values == 8192 and amount is Amount.UNKNOWN and not spec.quantizer.needs_amax
 
 
 def _amount(rows: Any, row: int) -> Amount:
