@@ -1,4 +1,4 @@
-"""Sweep the launch configurations of each site on this GPU: the table behind ``configure`` in kernels/launch.py.
+"""Sweep the launch configurations of each site on this GPU: the table in kernels/launch_table.py.
 
     python benchmarks/tune.py [--site "rms -> token"] [--row 4096 8192] [--rows 32 8192] [--json FILE --resume --minutes 9]
 
@@ -22,10 +22,10 @@ from unittest import mock
 
 import torch
 from fusion_pass.kernels import launch as launching
-from fusion_pass.kernels.launch import LaunchConfig
+from fusion_pass.kernels.launch_table import LaunchConfig, whole_rows
 
 import fusion_pass
-from fusion_pass.specs import FusedSpec, Granularity, RMSNorm
+from fusion_pass.specs import FusedSpec
 
 import record
 from cases import CASES, Case
@@ -59,6 +59,9 @@ _CHOICES: dict[str, tuple[Any, ...]] = {
     "late_weight": (False, True),
 }
 _VALUES_PER_THREAD = (4, 128)
+# Programs that share a row, and the most rows for which they are tried.
+_PARTS = (2, 4, 8)
+_SHARED_ROWS = 128
 _CLASSES = {"few (M ≤ 32)": 32, "some (M ≤ 1024)": 1024, "many": float("inf")}
 _REPLAYS = 9
 
@@ -127,6 +130,22 @@ def candidates(chosen: LaunchConfig, whole: bool) -> Iterator[LaunchConfig]:
             yield config
 
 
+def unshared(config: LaunchConfig, grouped: bool) -> LaunchConfig:
+    """The configuration of whole rows for one of rows that programs share."""
+    longer = {"groups": config.groups * config.parts} if grouped else {"lanes": config.lanes * config.parts}
+    return dataclasses.replace(config, parts=1, **longer)
+
+
+def shared(config: LaunchConfig, grouped: bool) -> Iterator[LaunchConfig]:
+    """For a configuration of one whole row, those of programs that share it; ``grouped`` rows have several scales."""
+    for parts, warps in itertools.product(_PARTS, _CHOICES["warps"]):
+        shorter = {"groups": config.groups // parts} if grouped else {"lanes": config.lanes // parts}
+        split = dataclasses.replace(config, parts=parts, warps=warps, rows=1, steps=1, late_weight=False, **shorter)
+        held = split.groups * split.lanes
+        if split.groups and held >= 64 * warps and held * parts <= 64 * 32 * warps:
+            yield split
+
+
 def launch(site: str, dtype: str, config: LaunchConfig, inputs: tuple[torch.Tensor, ...]) -> list[torch.Tensor]:
     spec = recognised(site, inputs[2].numel(), getattr(torch, dtype))
     with mock.patch.object(launching, "configure", lambda *_, **__: config):
@@ -163,10 +182,15 @@ class _NotLaunched:
 
 
 def configurations(key: Key) -> list[LaunchConfig]:
-    site, _, row, dtype = key
+    site, rows, row, dtype = key
     spec = recognised(site, row, getattr(torch, dtype))
-    whole = isinstance(spec.prologue, RMSNorm) or spec.quantizer.granularity is Granularity.ROW
-    return list(candidates(chosen(key), whole))
+    whole, grouped = whole_rows(spec), spec.quantizer.group is not None
+    taken = chosen(key)
+    unsplit = unshared(taken, grouped)
+    found = [taken, *candidates(unsplit, whole)]
+    if whole and rows <= _SHARED_ROWS:
+        found += shared(unsplit, grouped)
+    return list(dict.fromkeys(found))
 
 
 def sweep(key: Key, device: str, most: int | None = None) -> Sweep:

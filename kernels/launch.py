@@ -2,27 +2,22 @@
 
 from __future__ import annotations
 
-import enum
 import itertools
 import json
 from collections.abc import Callable
-from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
 import torch
-import triton
 
 from fusion_pass.addresses import allocated, has_padding, multiples, padded
 from fusion_pass.eager import overflow_code
 from fusion_pass.inductor import known
 from fusion_pass.specs import (
     DTYPE_NAMES,
-    Activation,
     FusedSpec,
     GatedActivation,
     Granularity,
-    NoPrologue,
     Quantizer,
     RMSNorm,
     Rounding,
@@ -34,215 +29,19 @@ from fusion_pass.terms import bounds
 from .arithmetic import INTERPRETED
 from .cheaper_scales import LARGEST, with_cheaper_scales
 from .fused_quant import fused_quant_kernel
+from .launch_table import LaunchConfig, configure, group_length, whole_rows
 from .scale_program import program
 from .split_rows import fused_quant_split_kernel
 
-# Values that a program holds; measured on an H200, where 1 x 1024 tiles and one 4096-value row are nearest the floor.
-_TILE_VALUES = 1024
 _LONGEST_ROW = 65536
 _PAD_SCALES = 1024  # of a program that writes nothing but padding
-_FEW_VALUES = 1 << 20
 # Arguments of a kernel of whole rows that one of parts of rows has not.
 _OF_WHOLE_TILES = {"amax_ptr", "ROWS", "STEPS", "LATE_WEIGHT"}
-_MANY_ROWS = 4096
-
-
-@dataclass(frozen=True)
-class LaunchConfig:
-    """How a matrix of rows of N values is divided among programs and warps.
-
-    Attributes:
-        rows: rows per tile.
-        groups: groups per tile, a power of two.
-        lanes: the group length rounded up to a power of two.
-        warps: warps per program.
-        steps: tiles per program, one below the other; each is read while the one before is worked on.
-        late_weight: whether a norm's weight is read after the row is summed: fewer registers, a longer wait.
-        parts: programs to a row, each of which reads the row and quantizes its part of ``groups``.
-    """
-
-    rows: int
-    groups: int
-    lanes: int
-    warps: int
-    steps: int = 1
-    late_weight: bool = False
-    parts: int = 1
-
-
-class Amount(enum.Enum):
-    """How much there is to do, as far as it is known when a launch is compiled."""
-
-    FEW = "few"  # values that leave processors idle
-    UNKNOWN = "unknown"
-    MANY = "many"  # rows enough for programs that take several
-
-
-def configure(spec: FusedSpec, row: int, rows: Any = None) -> LaunchConfig:
-    """The launch configuration for ``rows`` rows of ``row`` values; a number that is not known as one integer is None or symbolic.
-
-    What decides is the cell, the row length, and how many rows there are. See benchmarks/tune.py for the measurements (one
-    H200) behind the numbers; on other GPUs they are untested.
-    """
-    return _configured(spec, row, _amount(rows, row), _parts(spec, row, rows))
-
-
-@cache
-def _configured(spec: FusedSpec, row: int, amount: Amount, parts: int) -> LaunchConfig:
-    groups, lanes = _powers_of_two(spec, row)
-    if not _whole_rows(spec):
-        return _tiles(spec, groups, lanes, amount)
-    if parts > 1:
-        return _split(spec, groups, lanes, parts)
-    values = groups * lanes
-    # Short rows leave lanes idle unless several share a program.
-    rows = max(1, 1024 // values)
-    if isinstance(spec.prologue, RMSNorm) and not _adds(spec.prologue) and amount is Amount.MANY:
-        return _many_norms(spec, row, rows, groups, lanes)
-    late = _late_by_table(spec, row, values, amount)
-    per_thread = 32 if late else _values_per_thread(spec, row, values, amount)
-    return LaunchConfig(rows, groups, lanes, _warps(rows * values, per_thread), late_weight=late)
-
-
-def _powers_of_two(spec: FusedSpec, row: int) -> tuple[int, int]:
-    """The groups of a row, and the values of a group, rounded up."""
-    group = group_length(spec, row)
-    return triton.next_power_of_2(-(-row // group)), triton.next_power_of_2(group)
-
-
-def _tiles(spec: FusedSpec, groups: int, lanes: int, amount: Amount) -> LaunchConfig:
-    """Of a few whole groups; of several rows where scales of neighbouring rows are neighbours in memory."""
-    few, gated = amount is Amount.FEW, isinstance(spec.prologue, GatedActivation)
-    values, rows, per_thread = _TILE_VALUES, 1, 8 if few or gated else 16
-    if few and gated:
-        values, per_thread = _TILE_VALUES // 2, 4
-        rows = 2 if spec.layout in (ScaleLayout.COLUMN, ScaleLayout.TMA) and lanes >= 128 else 1
-    elif spec.layout is ScaleLayout.PACKED:
-        # Four neighbours in a row are one word, and a tile with all of them writes it at once.
-        per_thread = 16
-    elif spec.layout is not ScaleLayout.ROW and gated:
-        rows, per_thread = (2, 16) if amount is Amount.MANY and lanes < 128 else (1, 8)
-    elif spec.layout is ScaleLayout.BLOCKED:
-        rows, per_thread = 2, 16
-    elif spec.layout is not ScaleLayout.ROW:
-        values, rows, per_thread = 2 * _TILE_VALUES, 8, 16
-    groups = min(max(1, values // (rows * lanes)), groups)
-    return LaunchConfig(rows, groups, lanes, _warps(rows * groups * lanes, per_thread))
-
-
-def _many_norms(spec: FusedSpec, row: int, rows: int, groups: int, lanes: int) -> LaunchConfig:
-    """Of rows that are read but not written, where arithmetic is in the way: few threads to a row, so that many fit."""
-    values = groups * lanes
-    if values < 8192:
-        per_thread = 64 if row <= values * 3 // 4 else 32
-        steps = 2 if row == values == 4096 and lanes >= 128 and spec.layout is not ScaleLayout.ROW else 1
-        return LaunchConfig(rows, groups, lanes, _warps(rows * values, per_thread), steps)
-    # What lies between amax and scale is computed for every 16 values of a group: short groups want more threads.
-    per_thread = 64 if values == 8192 and (row == values or lanes < 128) else 128
-    late = row != 16384 or spec.layout is ScaleLayout.ROW or lanes < 128
-    return LaunchConfig(1, groups, lanes, _warps(values, per_thread), late_weight=late)
-
-
-def _parts(spec: FusedSpec, row: int, rows: Any) -> int:
-    """How many programs share a row: more than one where whole rows leave processors idle, and are long."""
-    in_two_launches = spec.quantizer.granularity is Granularity.TENSOR and spec.quantizer.needs_amax
-    if not isinstance(rows, int) or rows > 64 or not _whole_rows(spec) or in_two_launches:
-        return 1
-    groups, lanes = _powers_of_two(spec, row)
-    parts = _parts_by_table(spec.prologue, min(groups * lanes, 16384), rows)
-    return parts if spec.quantizer.group is None else min(parts, groups)
-
-
-def _parts_by_table(prologue: Any, values: int, rows: int) -> int:
-    if isinstance(prologue, GatedActivation):
-        # All of a row is activated in each of its programs.
-        return {4096: 4, 8192: 8, 16384: 4}.get(values, 1) if rows <= 16 or (rows <= 32 and values == 16384) else 1
-    if rows <= 16:
-        return {2048: 2, 4096: 4, 8192: 8 if _adds(prologue) else 4, 16384: 8}.get(values, 1)
-    if rows <= 32:
-        return 2 if values >= 4096 else 1
-    return 2 if values >= 8192 and not _adds(prologue) else 1
-
-
-def _adds(prologue: Any) -> bool:
-    """Whether a residual is added, and another row read."""
-    return isinstance(prologue, RMSNorm) and prologue.residual_sum is not None
-
-
-def _split(spec: FusedSpec, groups: int, lanes: int, parts: int) -> LaunchConfig:
-    """Of rows that ``parts`` programs share."""
-    values, in_groups = groups * lanes, spec.quantizer.group is not None
-    if isinstance(spec.prologue, GatedActivation):
-        warps = 16 if values <= 8192 else 8
-    else:
-        warps = 8 if values // parts > 1024 or _adds(spec.prologue) else 4
-        if values >= 16384 and (in_groups or isinstance(spec.prologue, NoPrologue)):
-            warps = 16
-    # A thread holds no more of a row than its registers do.
-    warps = max(warps, _warps(values, 64))
-    return LaunchConfig(
-        1, groups // parts if in_groups else 1, lanes if in_groups else lanes // parts, warps, parts=parts
-    )
-
-
-def _values_per_thread(spec: FusedSpec, row: int, values: int, amount: Amount) -> int:
-    """Of ``values`` lanes that hold a row of ``row``."""
-    few, wasteful = amount is Amount.FEW, row <= values * 3 // 4
-    if isinstance(spec.prologue, GatedActivation):
-        return _gated_values_per_thread(spec.prologue, values, wasteful, amount)
-    if few and values <= 8192:
-        # Eight warps, unless that leaves a thread less than a vector.
-        return max(8, values // 256)
-    if _adds(spec.prologue):
-        return 32 if values < 8192 else 64 if values == 8192 else 128
-    return 32 if values < 8192 or (values == 8192 and not wasteful) else 64
-
-
-def _gated_values_per_thread(prologue: GatedActivation, values: int, wasteful: bool, amount: Amount) -> int:
-    if amount is Amount.FEW:
-        return 8 if values <= 8192 else 32
-    if values == 8192 and amount is Amount.UNKNOWN:
-        return 16
-    if values >= 8192 and not wasteful and prologue.activation in (Activation.GELU, Activation.GELU_TANH):
-        return 16 if values == 8192 else 64
-    return 16 if values < 8192 else 64 if values == 8192 and wasteful else 32
-
-
-def _late_by_table(spec: FusedSpec, row: int, values: int, amount: Amount) -> bool:
-    """Whether twice the warps with a weight that is read late were faster: more programs fit a processor."""
-    if not isinstance(spec.prologue, RMSNorm) or row != values:
-        return False
-    if not _adds(spec.prologue):
-        # With the weight, newer Tritons than 3.6 need 81 registers instead of 64: half the programs.
-        return values == 16384 and spec.quantizer.group is not None
-    return values == 8192 and amount is Amount.UNKNOWN and not spec.quantizer.needs_amax
-
-
-def _amount(rows: Any, row: int) -> Amount:
-    if not isinstance(rows, int):
-        return Amount.UNKNOWN
-    return Amount.FEW if rows * row <= _FEW_VALUES else Amount.MANY if rows >= _MANY_ROWS else Amount.UNKNOWN
-
-
-def _warps(values: int, per_thread: int) -> int:
-    return min(max(1, values // (32 * per_thread)), 32)
-
-
-def _whole_rows(spec: FusedSpec) -> bool:
-    """Whether a tile must hold whole rows: to add up a row, or to find its amax."""
-    return isinstance(spec.prologue, RMSNorm) or spec.quantizer.granularity is Granularity.ROW
-
-
-def group_length(spec: FusedSpec, row: int) -> int:
-    """Values per group of a tile; where a whole tensor shares the scale, as many as a program holds."""
-    if spec.quantizer.group is not None:
-        return spec.quantizer.group
-    return row if _whole_rows(spec) else min(triton.next_power_of_2(row), _TILE_VALUES)
 
 
 def _in_warps(spec: FusedSpec, row: int, config: LaunchConfig) -> bool:
     """Whether a tile is one row of which each thread of several warps reads whole vectors of 16 values, or 2, 4 or 8 in all."""
-    one_row = config.rows == 1 and _whole_rows(spec) and row % 16 == 0
+    one_row = config.rows == 1 and whole_rows(spec) and row % 16 == 0
     groups = config.groups * config.parts
     contiguous = spec.quantizer.group is None or groups == 1 or config.lanes == spec.quantizer.group >= 16
     enough = groups * config.lanes >= 64 * config.warps > 64
@@ -254,7 +53,7 @@ def check_row(spec: FusedSpec, row: int) -> None:
     group = spec.quantizer.group
     if group is not None and row % group:
         raise ValueError(f"x has rows of {row} values; allowed: a multiple of the group length {group}")
-    if row < 1 or (_whole_rows(spec) and row > _LONGEST_ROW):
+    if row < 1 or (whole_rows(spec) and row > _LONGEST_ROW):
         raise ValueError(f"x has rows of {row} values; allowed: 1 to {_LONGEST_ROW}")
 
 
@@ -403,7 +202,7 @@ def _writes_padding(spec: FusedSpec, config: LaunchConfig, rows: Any, columns: i
     """
     if spec.quantizer.granularity is Granularity.TENSOR or not has_padding(spec.layout, rows, columns):
         return False
-    return not _whole_rows(spec) or padded(spec.layout, 1, columns)[1] <= config.groups * config.parts
+    return not whole_rows(spec) or padded(spec.layout, 1, columns)[1] <= config.groups * config.parts
 
 
 def allocate(spec: FusedSpec, x: torch.Tensor, filled: bool = True) -> list[torch.Tensor]:
