@@ -262,6 +262,10 @@ class GatedActivation:
         scaled = self.activation is Activation.SIGMOID_PRODUCT
         _require(self.alpha == 1 or scaled, "alpha", self.alpha, "1, but for sigmoid_product")
 
+    def keeps(self, dtype: torch.dtype) -> bool:
+        """Whether a bounded gate of a dtype still has values of it."""
+        return self.limit is None or torch.tensor(self.limit, dtype=dtype).item() == self.limit
+
 
 Prologue = NoPrologue | RMSNorm | GatedActivation
 

@@ -58,7 +58,14 @@ if INTERPRETED:
         return lambda x: _from_torch(operation(_to_torch(x)), x.dtype.scalar)
 
     def _activation(operation):
-        return lambda x, TO: _by_torch(operation)(x)
+        def interpreted(x, TO):
+            # In the 16 bits that it is rounded to, as eager code: GELU of a CPU with AVX2 gives zeros another sign in float32.
+            computed = {"bf16": torch.bfloat16, "f16": torch.float16}.get(
+                tl.core._unwrap_if_constexpr(TO), torch.float32
+            )
+            return _from_torch(operation(_to_torch(x).to(computed)).float(), tl.float32)
+
+        return interpreted
 
     silu, sigmoid, gelu = map(_activation, (torch.nn.functional.silu, torch.sigmoid, torch.nn.functional.gelu))
     gelu_tanh = _activation(lambda x: torch.nn.functional.gelu(x, approximate="tanh"))

@@ -45,7 +45,7 @@ def reference(
             assert other is not None
             value = _round(value * _ACTIVATIONS[spec.prologue.gate](other.float()), spec.prologue.gated)
     elif isinstance(spec.prologue, GatedActivation):
-        value = _gated(spec.prologue, value, None if other is None else other.float())
+        value = _gated(spec.prologue, x, None if other is None else other.float())
     outputs = _quantize(spec.quantizer, value, given)
     if spec.layout is not ScaleLayout.ROW and spec.quantizer.scale is not None:
         outputs[1] = _placed(spec.layout, outputs[1])
@@ -102,14 +102,25 @@ _ACTIVATIONS: dict[Activation, Callable[[torch.Tensor], torch.Tensor]] = {
 }
 
 
-def _gated(spec: GatedActivation, gate: torch.Tensor, up: torch.Tensor | None) -> torch.Tensor:
+def _activated(spec: GatedActivation, gate: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """The activation of a float32 gate that was read in ``dtype``.
+
+    In that dtype if it is rounded to it, as eager code is: with AVX2, a CPU's GELU gives zeros another sign in float32.
+    """
+    rounding = spec.activated if spec.gated else spec.product
+    computed = dtype if rounding is dtype and spec.keeps(dtype) else torch.float32
+    return _ACTIVATIONS[spec.activation](gate.to(computed)).float()
+
+
+def _gated(spec: GatedActivation, x: torch.Tensor, up: torch.Tensor | None) -> torch.Tensor:
+    gate = x.float()
     if spec.limit is not None:
         gate = gate.clamp(max=spec.limit)
     if spec.activation is Activation.SIGMOID_PRODUCT:
         scaled = gate if spec.alpha == 1 else _round(gate * spec.alpha, spec.inner)
         active = gate * _round(torch.sigmoid(scaled), spec.inner)
     else:
-        active = _ACTIVATIONS[spec.activation](gate)
+        active = _activated(spec, gate, x.dtype)
     if up is None:
         return _round(active, spec.product)
     if spec.limit is not None:
