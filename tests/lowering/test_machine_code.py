@@ -1,0 +1,38 @@
+"""What kernels compile to is found without a GPU."""
+
+import machine_code
+import pytest
+
+
+@pytest.mark.parametrize(
+    ("site", "rows", "kernel"),
+    [
+        ("rms -> group", 512, "fused_quant_kernel"),
+        ("rms -> group", 8, "fused_quant_split_kernel"),
+        ("none -> mxfp8-both", 512, "packed_cast_transpose_kernel"),
+    ],
+)
+def test_launches_of_a_site_compile(site, rows, kernel):
+    (launch,) = machine_code.launches(site, rows, 4096, "bfloat16")
+    assert launch.kernel.__name__ == kernel
+    code = machine_code.compiled(launch)
+    # Reads and writes of whole vectors, and no register in memory.
+    assert code.names["LDG"] >= 1 and code.names["STG"] >= 1 and not code.names["LDL"] + code.names["STL"]
+    assert 16 <= code.registers <= 255 and 1 <= code.programs <= 32
+    assert code.instructions == sum(code.names.values()) > 100
+
+
+def test_fields_of_the_configuration_are_replaced(capsys, tmp_path):
+    sass = tmp_path / "kernel.sass"
+    site = ["--site", "rms -> token", "--rows", "8", "--row", "4096"]
+    assert machine_code.main([*site, "--set", "warps=2", "lanes=4096", "parts=1", "--sass", str(sass)]) == 0
+    shown = capsys.readouterr().out
+    assert " 2 warps" in shown and "fused_quant_kernel" in shown
+    assert "fused_quant_kernel" in sass.read_text()
+
+
+def test_programs_fit_by_registers_and_by_warps():
+    names = machine_code.collections.Counter(FFMA=1)
+    assert machine_code.MachineCode(4, 128, 0, names, "").programs == 4
+    assert machine_code.MachineCode(4, 129, 0, names, "").programs == 3
+    assert machine_code.MachineCode(16, 32, 0, names, "").programs == 4
