@@ -35,8 +35,6 @@ from .split_rows import fused_quant_split_kernel
 
 _LONGEST_ROW = 65536
 _PAD_SCALES = 1024  # of a program that writes nothing but padding
-# Arguments of a kernel of whole rows that one of parts of rows has not.
-_OF_WHOLE_TILES = {"amax_ptr", "ROWS", "STEPS", "LATE_WEIGHT"}
 
 
 def _in_warps(spec: FusedSpec, row: int, config: LaunchConfig) -> bool:
@@ -88,60 +86,34 @@ def launch_into_buffers(
     wrap: Callable[[Any], Any] = lambda kernel: kernel,
 ) -> list[torch.Tensor]:
     """As :func:`launch`, returning the buffers it allocated; ``wrap`` is applied to a kernel before each launch."""
-    row = x.shape[-1]
     spec = with_cheaper_scales(spec, x.dtype)
     x, x_stride = rows_of(x)
     other, other_stride = (None, None) if other is None else rows_of(other)
-    count = x.numel() // row
-    config = configure(spec, row, count)
-    # Of a row that programs share, each quantizes what may as well be a group.
-    group = config.lanes if config.parts > 1 and spec.quantizer.group is None else group_length(spec, row)
-    one_matrix = all(isinstance(size, int) and size == 1 for size in x.shape[:-2])
-    columns = -(-row // group)
-    pads = one_matrix and _writes_padding(spec, config, count, columns)
-    outputs = _buffers(spec, x, filled=not pads)
+    config = configure(spec, x.shape[-1], x.numel() // x.shape[-1])
+    grid, division = _divided(spec, config, x)
+    outputs = _buffers(spec, x, filled=division["PAD_ROWS"] is None)
     named = dict(zip(output_names(spec), outputs, strict=True))
-    pad_rows, pad_groups = multiples(spec.layout) if pads else (None, None)
-    pad_tile = max(config.rows * config.steps, min(pad_rows or 1, _PAD_SCALES // config.groups)) if pads else None
-    # Three dimensions: Inductor's launchers take no fewer.
-    grid = (*_programs(spec, config, count, columns, pad_tile), 1)
     arguments = {
         "x_ptr": x,
         "other_ptr": other,
         "weight_ptr": weight if weight is None or weight.is_contiguous() else weight.contiguous(),
         "given_ptr": given,
-        "amax_ptr": None,
         "code_ptr": named["code"],
         "scale_ptr": named.get("scale"),
         "sum_ptr": named.get("sum"),
         "value_ptr": named.get("value"),
-        "M": count,
-        "scale_rows": None if spec.layout is ScaleLayout.ROW else x.shape[-2],
         "x_stride": x_stride,
         "other_stride": other_stride,
-        "N": row,
-        "GROUP": group,
-        "ROWS": config.rows,
-        "GROUPS": config.groups,
-        "LANES": config.lanes,
-        "STEPS": config.steps,
-        "LATE_WEIGHT": config.late_weight,
-        "WARPS": config.warps if _in_warps(spec, row, config) else None,
         "ESTIMATES": _takes_estimates(spec, x),
         "PEAK": _peak(spec, config),
+        **division,
         **constants(spec),
-        # Beside two tiles, what it saves elsewhere takes registers: a program less to a processor.
-        "ONE_MATRIX": pads or (one_matrix and config.steps == 1),
-        "PAD_TILE": pad_tile,
-        "PAD_ROWS": pad_rows,
-        "PAD_GROUPS": pad_groups,
         "num_warps": config.warps,
     }
     if config.parts > 1:
-        wrap(fused_quant_split_kernel)[grid](
-            **{name: value for name, value in arguments.items() if name not in _OF_WHOLE_TILES}, PARTS=config.parts
-        )
+        wrap(fused_quant_split_kernel)[grid](**arguments)
         return outputs
+    arguments["amax_ptr"] = None
     if spec.quantizer.granularity is Granularity.TENSOR and spec.quantizer.needs_amax:
         amax = _zeros([1], torch.int32, x.device)
         first = dict.fromkeys(("code_ptr", "scale_ptr", "sum_ptr", "value_ptr"))
@@ -149,6 +121,39 @@ def launch_into_buffers(
         arguments |= {"amax_ptr": amax, "PEAK": "load"}
     wrap(fused_quant_kernel)[grid](**arguments)
     return outputs
+
+
+def _divided(spec: FusedSpec, config: LaunchConfig, x: torch.Tensor) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """How programs divide x: their grid, and what they are told of it."""
+    row = x.shape[-1]
+    count = x.numel() // row
+    # Of a row that programs share, each quantizes what may as well be a group.
+    group = config.lanes if config.parts > 1 and spec.quantizer.group is None else group_length(spec, row)
+    columns = -(-row // group)
+    one_matrix = all(isinstance(size, int) and size == 1 for size in x.shape[:-2])
+    pads = one_matrix and _writes_padding(spec, config, count, columns)
+    pad_rows, pad_groups = multiples(spec.layout) if pads else (None, None)
+    pad_tile = max(config.rows * config.steps, min(pad_rows or 1, _PAD_SCALES // config.groups)) if pads else None
+    if config.parts > 1:
+        of_kernel = {"PARTS": config.parts}
+    else:
+        of_kernel = {"ROWS": config.rows, "STEPS": config.steps, "LATE_WEIGHT": config.late_weight}
+    # Three dimensions: Inductor's launchers take no fewer.
+    return (*_programs(spec, config, count, columns, pad_tile), 1), {
+        "M": count,
+        "scale_rows": None if spec.layout is ScaleLayout.ROW else x.shape[-2],
+        "N": row,
+        "GROUP": group,
+        "GROUPS": config.groups,
+        "LANES": config.lanes,
+        **of_kernel,
+        "WARPS": config.warps if _in_warps(spec, row, config) else None,
+        # Beside two tiles, what it saves elsewhere takes registers: a program less to a processor.
+        "ONE_MATRIX": pads or (one_matrix and config.steps == 1),
+        "PAD_TILE": pad_tile,
+        "PAD_ROWS": pad_rows,
+        "PAD_GROUPS": pad_groups,
+    }
 
 
 def _peak(spec: FusedSpec, config: LaunchConfig) -> str:
