@@ -183,7 +183,7 @@ def store_padding(
     rows = first.to(tl.int64) + index
     groups = (tl.program_id(1) * TILE_GROUPS + tl.arange(0, TILE_GROUPS))[None, :, None]
     at = scale_address(rows, groups, M, GROUPS, LAYOUT, True)
-    own = (below >= 0) | (index < TILE_ROWS)
+    own = index < tl.where(below < 0, TILE_ROWS, PAD_TILE)
     zeros = tl.zeros(at.shape, scale_ptr.dtype.element_ty)
     tl.store(scale_ptr + at, zeros, own & has_room(rows, groups, M, GROUPS, PAD_ROWS, PAD_GROUPS))
 
