@@ -251,3 +251,7 @@ CASES = tuple(
     for quantization in QUANTIZATIONS
     if prologue.name == "none" or not quantization.both
 )
+
+
+def case_named(name: str) -> Case:
+    return next(case for case in CASES if case.name == name)

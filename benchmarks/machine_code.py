@@ -32,9 +32,8 @@ from triton.runtime.jit import mangle_type
 
 import fusion_pass
 from fusion_pass.cast_transpose import CastTransposeSpec
-from fusion_pass.specs import GatedActivation
 
-from cases import CASES
+from cases import CASES, case_named
 from tune import operands, recognised
 
 _TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
@@ -97,7 +96,7 @@ class _Recorder:
 
 def launches(site: str, rows: int, row: int, dtype: str, fields: dict[str, Any] | None = None) -> list[Launch]:
     """The launches of a site as on an sm_90 GPU; ``fields`` replaces those of the configuration that the table gives."""
-    case = next(case for case in CASES if case.name == site)
+    case = case_named(site)
     inputs = case.inputs(rows, row, getattr(torch, dtype), "meta")
     recorder, configure = _Recorder(), launching.configure
 
@@ -108,10 +107,9 @@ def launches(site: str, rows: int, row: int, dtype: str, fields: dict[str, Any] 
         cast_transpose.launch_into_buffers(_both_ways(case, row, dtype), inputs[0], recorder)
         return recorder.launches
     spec = recognised(site, row, getattr(torch, dtype))
-    estimates = isinstance(spec.prologue, GatedActivation) and spec.prologue.keeps(inputs[0].dtype)
     with (
         mock.patch.object(launching, "configure", configured),
-        mock.patch.object(launching, "_takes_estimates", lambda *_: estimates),
+        mock.patch.object(launching, "_runs_on_sm_90", lambda _: True),
     ):
         launching.launch_into_buffers(spec, *operands(case, inputs), wrap=recorder)
     return recorder.launches

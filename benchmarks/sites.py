@@ -35,7 +35,7 @@ import contestants
 import plot
 import results
 import tables
-from cases import CASES, PROLOGUES, QUANTIZATIONS, Case
+from cases import CASES, PROLOGUES, QUANTIZATIONS, Case, case_named
 from contestants import BARE, EAGER
 from progress import Progress
 from results import Cell, Result
@@ -99,13 +99,13 @@ def differing(actual: Any, expected: Any) -> tuple[int, int]:
 
 
 def compile_one(cell: Cell, name: str, device: str) -> None:
-    case = next(case for case in CASES if case.name == cell.site)
+    case = case_named(cell.site)
     contestants.compiled(name, case, case.inputs(cell.rows, cell.row, getattr(torch, cell.dtype), device))
 
 
 def measure(cell: Cell, names: Sequence[str], copy: float, device: str) -> Result:
     """Time one cell; what raises is recorded with the contestant that did."""
-    case = next(case for case in CASES if case.name == cell.site)
+    case = case_named(cell.site)
     moved = case.bytes(cell.rows, cell.row, 2)
     result = Result(cell, floor=moved / copy)
     try:

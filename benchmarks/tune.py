@@ -14,7 +14,7 @@ import itertools
 import sys
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -22,13 +22,13 @@ from unittest import mock
 
 import torch
 from fusion_pass.kernels import launch as launching
-from fusion_pass.kernels.launch_table import LaunchConfig, whole_rows
+from fusion_pass.kernels.launch_table import LaunchConfig, configure, whole_rows
 
 import fusion_pass
 from fusion_pass.specs import FusedSpec
 
 import record
-from cases import CASES, Case
+from cases import CASES, Case, case_named
 from progress import Progress
 from results import geometric_mean
 from timing import buffer_count, microseconds
@@ -91,14 +91,10 @@ class Sweep:
 @cache
 def recognised(site: str, row: int, dtype: torch.dtype) -> FusedSpec:
     """What the pass sees in a case; it takes no GPU."""
-    case = _case(site)
+    case = case_named(site)
     torch._dynamo.reset()
     with torch.no_grad():
         return fusion_pass.explain(case.run, *case.inputs(8, row, dtype, "cpu"), device="cuda").fused[0].spec
-
-
-def _case(site: str) -> Case:
-    return next(case for case in CASES if case.name == site)
 
 
 def operands(case: Case, inputs: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor | None, ...]:
@@ -149,36 +145,17 @@ def shared(config: LaunchConfig, grouped: bool) -> Iterator[LaunchConfig]:
 def launch(site: str, dtype: str, config: LaunchConfig, inputs: tuple[torch.Tensor, ...]) -> list[torch.Tensor]:
     spec = recognised(site, inputs[2].numel(), getattr(torch, dtype))
     with mock.patch.object(launching, "configure", lambda *_, **__: config):
-        return launching.launch(spec, *operands(_case(site), inputs))
+        return launching.launch(spec, *operands(case_named(site), inputs))
 
 
 def compile_one(site: str, rows: int, row: int, dtype: str, config: LaunchConfig, device: str) -> None:
-    launch(site, dtype, config, _case(site).inputs(rows, row, getattr(torch, dtype), device))
+    launch(site, dtype, config, case_named(site).inputs(rows, row, getattr(torch, dtype), device))
 
 
 def chosen(key: Key) -> LaunchConfig:
     """The configuration that a launch at this size takes."""
     site, rows, row, dtype = key
-    taken: list[LaunchConfig] = []
-    configure = launching.configure
-
-    def remember(*arguments: Any, **options: Any) -> LaunchConfig:
-        taken.append(configure(*arguments, **options))
-        return taken[-1]
-
-    case = _case(site)
-    inputs = case.inputs(rows, row, getattr(torch, dtype), "meta")
-    with mock.patch.object(launching, "configure", remember):
-        spec = recognised(site, row, getattr(torch, dtype))
-        launching.launch_into_buffers(spec, *operands(case, inputs), wrap=lambda _: _NotLaunched())
-    return taken[-1]
-
-
-class _NotLaunched:
-    """Stands for a kernel."""
-
-    def __getitem__(self, grid: Any) -> Callable[..., None]:
-        return lambda **_: None
+    return configure(recognised(site, row, getattr(torch, dtype)), row, rows)
 
 
 def configurations(key: Key) -> list[LaunchConfig]:
@@ -196,7 +173,7 @@ def configurations(key: Key) -> list[LaunchConfig]:
 def sweep(key: Key, device: str, most: int | None = None) -> Sweep:
     """Time the configurations of one site at one size; one that does not compile or run counts as endless."""
     site, rows, row, dtype = key
-    case = _case(site)
+    case = case_named(site)
     count = buffer_count(case.bytes(rows, row, 2))
     buffers = [case.inputs(rows, row, getattr(torch, dtype), device) for _ in range(count)]
     times = [
@@ -261,7 +238,7 @@ def run(arguments: argparse.Namespace) -> int:
     keys = [
         (site, rows, row, arguments.dtype)
         for site, row, rows in itertools.product(arguments.site, arguments.row, arguments.rows)
-        if _case(site).takes(rows, row)
+        if case_named(site).takes(rows, row)
     ]
     known = read(arguments.json) if arguments.resume else {}
     todo = [key for key in keys if key not in known]

@@ -41,6 +41,16 @@ def load(ptr, mask):
 
 
 @triton.jit
+def load_at(ptr, at, mask):
+    """What lies at ``ptr + at``, or None if there is no ``ptr``."""
+    if ptr is None:
+        value = None
+    else:
+        value = load(ptr + at, mask)
+    return value
+
+
+@triton.jit
 def mean_of_squares(squares, M, N: tl.constexpr, MEAN: tl.constexpr):
     if MEAN == "divide":
         mean = tl.math.div_rn(squares, tl.full(squares.shape, N, tl.float32))
@@ -196,6 +206,17 @@ def vector_of(*outputs):
 
 
 @triton.jit
+def inside_row(columns, lanes, N: tl.constexpr, GROUP: tl.constexpr, GROUPS: tl.constexpr):
+    """Which lanes of GROUPS groups, one of several such tiles of a row or the only one, are values of it; None if all are."""
+    # Masks cost an instruction for each register that a load fills.
+    if lanes.shape[2] == GROUP and N % (GROUPS * GROUP) == 0:
+        inside = None
+    else:
+        inside = (lanes < GROUP) & (columns < N)
+    return inside
+
+
+@triton.jit
 def within(rows, M, inside, PROGRAM_ROWS: tl.constexpr):
     """The mask of a tile: None if its program has one row, which is there, and all of whose lanes are inside."""
     if PROGRAM_ROWS == 1:
@@ -229,6 +250,16 @@ def residual_sum(x, other, sum_ptr, out_at, mask, ROUNDING: tl.constexpr):
 def adds_residual(prologue, other):
     """Whether ``other`` is a norm's residual: not its gate, nor an activation's up half."""
     return named(prologue, "kind") == "norm" and named(prologue, "gate") is None and other is not None
+
+
+@triton.jit
+def summed(x, other, sum_ptr, out_at, mask, PROLOGUE: tl.constexpr):
+    """x in float32 with its residual, whose sum is stored unless there is no ``sum_ptr``; x itself where there is no prologue."""
+    if adds_residual(PROLOGUE, other):
+        x = residual_sum(x, other, sum_ptr, out_at, mask, named(PROLOGUE, "sum_rounding"))
+    elif named(PROLOGUE, "kind") != "none":
+        x = widened(x)
+    return x
 
 
 @triton.jit
@@ -288,18 +319,14 @@ def prologue_value(
     """
     KIND: tl.constexpr = named(PROLOGUE, "kind")
     OF: tl.constexpr = x.dtype if ESTIMATES else tl.float32
-    other = None
+    residual = load_at(other_ptr if adds_residual(PROLOGUE, other_ptr) else None, other_at, mask)
+    x = summed(x, residual, sum_ptr, out_at, mask, PROLOGUE)
     factor = None
-    if adds_residual(PROLOGUE, other_ptr):
-        x = residual_sum(x, load(other_ptr + other_at, mask), sum_ptr, out_at, mask, named(PROLOGUE, "sum_rounding"))
-    elif KIND != "none":
-        x = widened(x)
     if KIND == "norm":
         factor = norm_factor(x, M, N, GROUP, WARPS, VECTOR, PROLOGUE)
         if weight is None and weight_ptr is not None:
             weight = load(weight_ptr + columns, inside)
-    if other_ptr is not None and not adds_residual(PROLOGUE, other_ptr):
-        other = load(other_ptr + other_at, mask)
+    other = load_at(None if adds_residual(PROLOGUE, other_ptr) else other_ptr, other_at, mask)
     return value_of(x, factor, weight, other, OF, PROLOGUE)
 
 
@@ -443,17 +470,13 @@ def fused_quant_kernel(
     lanes = tl.arange(0, LANES)[None, None, :]
     columns = groups * GROUP + lanes
     VECTOR: tl.constexpr = vector_of(sum_ptr, value_ptr)
-    # Masks cost an instruction for each register that a load fills.
-    FULL: tl.constexpr = LANES == GROUP and N % (GROUPS * GROUP) == 0
-    inside = None if FULL else (lanes < GROUP) & (columns < N)
+    inside = inside_row(columns, lanes, N, GROUP, GROUPS)
     upcoming = load(x_ptr + first * x_stride + columns, within(first, M, inside, ROWS * STEPS))
     # Loads do not move before the barriers of a sum: what is not read now is waited for then.
     given = None
     if given_ptr is not None and not LATE_WEIGHT:
         given = tl.load(given_ptr).to(tl.float32)
-    weight = None
-    if weight_ptr is not None and not LATE_WEIGHT:
-        weight = load(weight_ptr + columns, inside)
+    weight = load_at(None if LATE_WEIGHT else weight_ptr, columns, inside)
     for step in tl.static_range(STEPS):
         rows = first + step * ROWS
         mask = within(rows, M, inside, ROWS * STEPS)

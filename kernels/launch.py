@@ -182,10 +182,12 @@ def _takes_estimates(spec: FusedSpec, x: torch.Tensor) -> bool:
     """
     if not isinstance(spec.prologue, GatedActivation) or not spec.prologue.keeps(x.dtype):
         return False
-    if INTERPRETED:
-        return True
-    on_gpu = x.device.type == "cuda" and torch.version.cuda is not None and torch.cuda.is_available()
-    return on_gpu and torch.cuda.get_device_capability(x.device) == (9, 0)
+    return INTERPRETED or _runs_on_sm_90(x.device)
+
+
+def _runs_on_sm_90(device: torch.device) -> bool:
+    on_gpu = device.type == "cuda" and torch.version.cuda is not None and torch.cuda.is_available()
+    return on_gpu and torch.cuda.get_device_capability(device) == (9, 0)
 
 
 def output_names(spec: FusedSpec) -> list[str]:

@@ -7,37 +7,18 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .arithmetic import amax, cast, named, whole_amax, widened
+from .arithmetic import amax, cast, named, whole_amax
 from .fused_quant import (
     adds_residual,
-    load,
+    inside_row,
+    load_at,
     norm_factor,
-    residual_sum,
     store_padding,
     store_quantized,
+    summed,
     value_of,
     vector_of,
 )
-
-
-@triton.jit
-def load_at(ptr, columns, inside):
-    """What lies at ``columns`` of a row, or None if there is no ``ptr``."""
-    if ptr is None:
-        value = None
-    else:
-        value = load(ptr + columns, inside)
-    return value
-
-
-@triton.jit
-def summed(x, other, sum_ptr, out_at, mask, PROLOGUE: tl.constexpr):
-    """x in float32 with its residual, whose sum is stored unless there is no ``sum_ptr``; x itself where there is no prologue."""
-    if adds_residual(PROLOGUE, other):
-        x = residual_sum(x, other, sum_ptr, out_at, mask, named(PROLOGUE, "sum_rounding"))
-    elif named(PROLOGUE, "kind") != "none":
-        x = widened(x)
-    return x
 
 
 @triton.jit
@@ -90,7 +71,7 @@ def fused_quant_split_kernel(
     lanes = tl.arange(0, LANES)[None, None, :]
     groups = (tl.program_id(1) * GROUPS + tl.arange(0, GROUPS))[None, :, None]
     columns = groups * GROUP + lanes
-    mask = None if LANES == GROUP and N % (GROUPS * GROUP) == 0 else (lanes < GROUP) & (columns < N)
+    mask = inside_row(columns, lanes, N, GROUP, GROUPS)
     # All is asked for before the row is added up: loads do not move before the barriers of a sum.
     given = None
     if given_ptr is not None:
@@ -100,7 +81,7 @@ def fused_quant_split_kernel(
     weight = load_at(weight_ptr, columns, mask)
 
     row_columns = tl.arange(0, GROUPS * PARTS)[None, :, None] * GROUP + lanes
-    inside = None if LANES == GROUP and N == GROUPS * PARTS * GROUP else (lanes < GROUP) & (row_columns < N)
+    inside = inside_row(row_columns, lanes, N, GROUP, GROUPS * PARTS)
     row_x = load_at(x_ptr, row_columns, inside)
     row_other = load_at(other_ptr if PEAK == "row" or adds_residual(PROLOGUE, other_ptr) else None, row_columns, inside)
     row_weight = load_at(weight_ptr if PEAK == "row" else None, row_columns, inside)

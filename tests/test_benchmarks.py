@@ -20,7 +20,7 @@ import sites
 import tune
 import warming
 import workloads
-from cases import CASES
+from cases import CASES, case_named
 from results import Cell, Result
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="a rehearsal for machines without a GPU")
@@ -71,7 +71,7 @@ def test_an_error_is_recorded_and_the_run_goes_on(tmp_path, monkeypatch, capsys)
 
 def test_bare_traffic_has_the_outputs_of_the_site(device):
     for name in ("add+rms -> mxfp8", "silu*mul -> group", "none -> int8", "gelu*mul -> static"):
-        case = next(case for case in CASES if case.name == name)
+        case = case_named(name)
         inputs = case.inputs(3, 384, torch.bfloat16, device)
         expected = case.run(*inputs)
         codes, scales, total = bare.bare(case, 512, 1)(*inputs)
@@ -93,7 +93,7 @@ def test_bare_traffic_has_the_outputs_of_the_site(device):
 
 def test_bare_traffic_in_both_directions(device):
     """At tiles that fill the matrix and at tiles that do not: each value's codes where the site has them."""
-    case = next(case for case in CASES if case.name == "none -> mxfp8-both")
+    case = case_named("none -> mxfp8-both")
     for tile in ((32, 64), (64, 128)):
         inputs = case.inputs(96, 192, torch.bfloat16, device)
         expected = case.run(*inputs)
@@ -107,7 +107,7 @@ def test_bare_traffic_in_both_directions(device):
 
 def test_bare_bytes_of_pairs_in_both_directions(device):
     """Each byte has bits of both values whose codes are there: what changes one changes it, and no other."""
-    case = next(case for case in CASES if case.name == "none -> mxfp4-both")
+    case = case_named("none -> mxfp4-both")
     for tile in ((32, 64), (64, 128)):
         run = bare.bare_both(case, tile, 4)
         inputs = case.inputs(96, 192, torch.bfloat16, device)
@@ -142,7 +142,7 @@ def test_a_matrix_and_its_transpose_are_measured(tmp_path):
 
 @pytest.mark.parametrize("direction", ["mxfp8-both", "mxfp4-both"])
 def test_one_op_serves_both_directions(direction):
-    case = next(case for case in CASES if case.name == f"none -> {direction}")
+    case = case_named(f"none -> {direction}")
     torch._dynamo.reset()
     report = fusion_pass.explain(case.run, *case.inputs(64, 96, torch.bfloat16, "cpu"), device="cuda")
     assert [site.name for site in report.fused] == [f"quant_{direction.removesuffix('-both')}_both_ways"]
@@ -235,7 +235,7 @@ def test_a_sweep_compares_the_chosen_configuration_with_others(tmp_path, capsys)
 
 def test_every_configuration_computes_the_same(device):
     site = "rms -> group"
-    case = next(case for case in CASES if case.name == site)
+    case = case_named(site)
     inputs = case.inputs(5, 384, torch.bfloat16, device)
     chosen, *others = tune.configurations((site, 5, 384, "bfloat16"))
     expected = tune.launch(site, "bfloat16", chosen, inputs)
