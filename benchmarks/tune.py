@@ -54,9 +54,8 @@ _CHOICES: dict[str, tuple[Any, ...]] = {
     "rows": (1, 2, 4, 8),
     "groups": (1, 2, 4, 8, 16, 32, 64, 128, 256, 512),
     "warps": (1, 2, 4, 8, 16, 32),
-    # Unrolled: more would not fit the instruction cache.
-    "steps": (1, 2, 4),
     "late_weight": (False, True),
+    "narrow": (False, True),
 }
 _VALUES_PER_THREAD = (4, 128)
 # Programs that share a row, and the most rows for which they are tried.
@@ -136,7 +135,9 @@ def shared(config: LaunchConfig, grouped: bool) -> Iterator[LaunchConfig]:
     """For a configuration of one whole row, those of programs that share it; ``grouped`` rows have several scales."""
     for parts, warps in itertools.product(_PARTS, _CHOICES["warps"]):
         shorter = {"groups": config.groups // parts} if grouped else {"lanes": config.lanes // parts}
-        split = dataclasses.replace(config, parts=parts, warps=warps, rows=1, steps=1, late_weight=False, **shorter)
+        split = dataclasses.replace(
+            config, parts=parts, warps=warps, rows=1, late_weight=False, narrow=False, **shorter
+        )
         held = split.groups * split.lanes
         if split.groups and held >= 64 * warps and held * parts <= 64 * 32 * warps:
             yield split

@@ -91,6 +91,10 @@ if INTERPRETED:
     def int8_nearest_even(q, LOW, HIGH):
         return cast(tl.clamp(nearest_even(q), LOW, HIGH, propagate_nan=tl.PropagateNan.ALL), tl.int8)
 
+    @triton.jit
+    def unbounded_int8(q, kept):
+        return tl.where(kept, int8_nearest_even(q, -128, 127), 0).to(tl.int8)
+
     def power_of_two(x):
         return _from_torch(torch.pow(2.0, _to_torch(x)), x.dtype.scalar)
 
@@ -98,6 +102,9 @@ if INTERPRETED:
         return _from_torch(_to_torch(x).to(torch.int32), tl.int32)
 
     def widened(x):
+        return cast(x, tl.float32)
+
+    def widened_after(x, y):
         return cast(x, tl.float32)
 
     def rounded_to_bf16(x):
@@ -141,6 +148,37 @@ else:
         if x.dtype == tl.bfloat16:
             wide = tl.inline_asm_elementwise(
                 "shl.b32 $0, $2, 16; and.b32 $1, $2, 0xffff0000;", "=f,=f,r", [x], tl.float32, is_pure=True, pack=2
+            )
+        else:
+            wide = cast(x, tl.float32)
+        return wide
+
+    @triton.jit
+    def widened_after(x, y):
+        """As :func:`widened`, but no sooner than the f32 y >= 0, which broadcasts against x, is there.
+
+        What is widened once is kept in registers of 32 bits until its last use. So each use that waits for a sum or a maximum
+        widens anew, by instructions in which the sign of y, zero, takes part: the compiler neither knows nor finds that out.
+        """
+        sign = y.to(tl.uint32, bitcast=True) >> 31
+        if x.dtype == tl.bfloat16:
+            wide = tl.inline_asm_elementwise(
+                "{ .reg .b32 s; prmt.b32 $0, $2, 0, $3; add.u32 s, $3, 0x2200; prmt.b32 $1, $2, 0, s; }",
+                "=f,=f,r,r,r",
+                [x, tl.broadcast_to(sign + 0x1044, x.shape)],
+                tl.float32,
+                is_pure=True,
+                pack=2,
+            )
+        elif x.dtype == tl.float16:
+            wide = tl.inline_asm_elementwise(
+                "{ .reg .b32 t; .reg .b16 low, high; mul.rn.f16x2 t, $2, $3; mov.b32 {low, high}, t; "
+                "cvt.f32.f16 $0, low; cvt.f32.f16 $1, high; }",
+                "=f,=f,r,r,r",
+                [x, tl.broadcast_to(sign + 0x3C003C00, x.shape)],
+                tl.float32,
+                is_pure=True,
+                pack=2,
             )
         else:
             wide = cast(x, tl.float32)
@@ -515,6 +553,23 @@ else:
         return whole.to(tl.int32, bitcast=True).to(tl.int8)
 
     @triton.jit
+    def unbounded_int8(q, kept):
+        """As :func:`int8_nearest_even` for |q| < 128 where kept, which broadcasts against q, and zero elsewhere."""
+        mask = tl.broadcast_to(tl.where(kept, -1, 0), q.shape)
+        return tl.inline_asm_elementwise(
+            "{ .reg .f32 a, b, c, d; .reg .b32 low, high; "
+            "add.rn.f32 a, $1, 0f4B400000; add.rn.f32 b, $2, 0f4B400000; "
+            "add.rn.f32 c, $3, 0f4B400000; add.rn.f32 d, $4, 0f4B400000; "
+            "prmt.b32 low, a, b, 0x0040; prmt.b32 high, c, d, 0x0040; "
+            "prmt.b32 low, low, high, 0x5410; and.b32 $0, low, $5; }",
+            "=r,f,f,f,f,r,r,r,r",
+            [q, mask],
+            tl.int8,
+            is_pure=True,
+            pack=4,
+        )
+
+    @triton.jit
     def magnitude(x):
         """|x|, which tl.abs leaves to an instruction of its own where x is what inline assembly returned."""
         return tl.inline_asm_elementwise("abs.f32 $0, $1;", "=f,f", [x], tl.float32, is_pure=True, pack=1)
@@ -813,7 +868,9 @@ def codes(y, factor, CODES: tl.constexpr, dtype: tl.constexpr):
         q = y * factor
     q = round_to(q, named(CODES, "quotient_rounding"))
     WHOLE: tl.constexpr = named(CODES, "whole")
-    if WHOLE == "int8":
+    if WHOLE == "unbounded_int8":
+        code = unbounded_int8(q, (factor > 0) & (factor < float("inf")))
+    elif WHOLE == "int8":
         code = int8_nearest_even(q, named(CODES, "clamp_low"), named(CODES, "clamp"))
     else:
         code = rounded_code(q, WHOLE, CODES, dtype)

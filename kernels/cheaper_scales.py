@@ -6,6 +6,7 @@ bfloat16 or float16 values is one of 32 thousand, so that terms are compared on 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import cache
@@ -46,7 +47,7 @@ def cheaper(quantizer: Quantizer, dtype: torch.dtype) -> Quantizer:
     Where no quotient is beyond the largest code, it has a bound there, which the device's cast applies by itself.
     """
     quantizer = _as_product(quantizer)
-    if dtype not in (torch.bfloat16, torch.float16) or any(term.leaves() != {"amax"} for term in _terms(quantizer)):
+    if not _of_amaxes_of_16_bits(quantizer, dtype):
         return quantizer
     with real_tensors():
         quantizer = _with_cheaper_terms(quantizer, dtype)
@@ -75,6 +76,34 @@ def _every_amax(dtype: torch.dtype) -> torch.Tensor:
     return torch.cat([amaxes[~amaxes.isnan()], torch.tensor([torch.nan], device="cpu")])
 
 
+@cache
+def int8_needs_no_bounds(spec: FusedSpec, input_dtype: torch.dtype) -> bool:
+    """Whether no value exceeds int8 codes where the factor is positive and finite, and all codes are zero where it is not."""
+    quantizer, dtype = spec.quantizer, _value_dtype(spec, input_dtype)
+    low, high = quantizer.least, quantizer.clamp
+    whole = quantizer.code is torch.int8 and quantizer.rounding is Rounding.NEAREST_EVEN
+    if not whole or low is None or high is None or not _of_amaxes_of_16_bits(quantizer, dtype):
+        return False
+    bound = math.floor(min(high, -low, 127))
+    with real_tensors():
+        amaxes = _every_amax(dtype)
+        for factor, *_ in _whatever_the_error(quantizer, amaxes):
+            within = amaxes.isfinite() & (_quotients(quantizer, amaxes, factor).round() <= bound)
+            vanishing = factor == (torch.inf if quantizer.divides else 0)
+            zero = vanishing | factor.isnan() | (amaxes == 0)
+            if not torch.where((factor > 0) & factor.isfinite(), within, zero).all():
+                return False
+    return True
+
+
+def _of_amaxes_of_16_bits(quantizer: Quantizer, dtype: torch.dtype) -> bool:
+    return dtype in (torch.bfloat16, torch.float16) and all(term.leaves() == {"amax"} for term in _terms(quantizer))
+
+
+def _quotients(quantizer: Quantizer, values: torch.Tensor, factor: torch.Tensor) -> torch.Tensor:
+    return (values / factor if quantizer.divides else values * factor).to(quantizer.quotient).float()
+
+
 def _never_overflows(quantizer: Quantizer, dtype: torch.dtype) -> bool:
     """Whether the largest quotient of each amax is NaN or rounds to a code of an fp8 dtype, and so all that are less."""
     cast = quantizer.rounding is Rounding.CAST and quantizer.e2m1 is None and quantizer.code in LARGEST
@@ -85,8 +114,7 @@ def _never_overflows(quantizer: Quantizer, dtype: torch.dtype) -> bool:
     finite = amaxes.clamp(max=torch.finfo(dtype).max).nan_to_num(torch.finfo(dtype).max)
     for factor, *_ in _whatever_the_error(quantizer, amaxes):
         for values in (amaxes, finite, torch.full_like(amaxes, torch.inf).where(amaxes.isnan(), finite)):
-            quotients = values / factor if quantizer.divides else values * factor
-            if bool((quotients.to(quantizer.quotient).float().abs() > LARGEST[quantizer.code]).any()):
+            if bool((_quotients(quantizer, values, factor).abs() > LARGEST[quantizer.code]).any()):
                 return False
     return True
 

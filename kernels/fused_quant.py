@@ -26,6 +26,7 @@ from .arithmetic import (
     times,
     whole_amax,
     widened,
+    widened_after,
 )
 from .scale_program import evaluate
 
@@ -230,14 +231,14 @@ def within(rows, M, inside, PROGRAM_ROWS: tl.constexpr):
 
 @triton.jit
 def residual_sum(x, other, sum_ptr, out_at, mask, ROUNDING: tl.constexpr):
-    """The f32 tile x + other, rounded; unless there is no ``sum_ptr`` it is stored before it is rounded."""
+    """The tile x + other, rounded, in 16 bits or in float32; unless there is no ``sum_ptr`` it is stored before it is rounded."""
     if (
         x.dtype == other.dtype
         and rounds_to(ROUNDING, x.dtype)
         and (sum_ptr is None or sum_ptr.dtype.element_ty == x.dtype)
     ):
         stored = packed_sum(x, other)
-        total = widened(stored)
+        total = stored
     else:
         stored = widened(x) + widened(other)
         total = round_to(stored, ROUNDING)
@@ -254,11 +255,9 @@ def adds_residual(prologue, other):
 
 @triton.jit
 def summed(x, other, sum_ptr, out_at, mask, PROLOGUE: tl.constexpr):
-    """x in float32 with its residual, whose sum is stored unless there is no ``sum_ptr``; x itself where there is no prologue."""
+    """x with its residual, whose sum is stored unless there is no ``sum_ptr``; x itself where none is added."""
     if adds_residual(PROLOGUE, other):
         x = residual_sum(x, other, sum_ptr, out_at, mask, named(PROLOGUE, "sum_rounding"))
-    elif named(PROLOGUE, "kind") != "none":
-        x = widened(x)
     return x
 
 
@@ -275,7 +274,7 @@ def norm_factor(
 def value_of(x, factor, weight, other, OF: tl.constexpr, PROLOGUE: tl.constexpr):
     """What is quantized, in 16 bits if it was rounded to them last, else in float32.
 
-    x is what was read, in float32 unless there is no prologue, and for a norm with its residual; ``factor`` is the norm's.
+    x is what was read, for a norm in float32 and with its residual; ``factor`` is the norm's.
     """
     KIND: tl.constexpr = named(PROLOGUE, "kind")
     if KIND == "norm":
@@ -289,7 +288,7 @@ def value_of(x, factor, weight, other, OF: tl.constexpr, PROLOGUE: tl.constexpr)
                 gate = sigmoid(gate, None)
             x = round_to(widened(x) * gate, named(PROLOGUE, "gated_rounding"))
     if KIND == "gated":
-        x = gated_activation(x, other, OF, PROLOGUE)
+        x = gated_activation(widened(x), other, OF, PROLOGUE)
     return x
 
 
@@ -310,6 +309,7 @@ def prologue_value(
     GROUP: tl.constexpr,
     WARPS: tl.constexpr,
     VECTOR: tl.constexpr,
+    NARROW: tl.constexpr,
     ESTIMATES: tl.constexpr,
     PROLOGUE: tl.constexpr,
 ):
@@ -323,7 +323,9 @@ def prologue_value(
     x = summed(x, residual, sum_ptr, out_at, mask, PROLOGUE)
     factor = None
     if KIND == "norm":
-        factor = norm_factor(x, M, N, GROUP, WARPS, VECTOR, PROLOGUE)
+        wide = widened(x)
+        factor = norm_factor(wide, M, N, GROUP, WARPS, VECTOR, PROLOGUE)
+        x = widened_after(x, factor) if NARROW else wide
         if weight is None and weight_ptr is not None:
             weight = load(weight_ptr + columns, inside)
     other = load_at(None if adds_residual(PROLOGUE, other_ptr) else other_ptr, other_at, mask)
@@ -426,8 +428,8 @@ def fused_quant_kernel(
     ROWS: tl.constexpr,
     GROUPS: tl.constexpr,
     LANES: tl.constexpr,
-    STEPS: tl.constexpr,
     LATE_WEIGHT: tl.constexpr,
+    NARROW: tl.constexpr,
     WARPS: tl.constexpr,
     ESTIMATES: tl.constexpr,
     PEAK: tl.constexpr,
@@ -440,16 +442,17 @@ def fused_quant_kernel(
     PAD_ROWS: tl.constexpr,
     PAD_GROUPS: tl.constexpr,
 ):
-    """One program: STEPS tiles below each other, of ROWS rows x GROUPS groups x LANES >= GROUP values.
+    """One program: a tile of ROWS rows x GROUPS groups x LANES >= GROUP values.
 
-    A norm, and an amax per row, need tiles of whole rows. The next tile is read while one is worked on.
+    A norm, and an amax per row, need tiles of whole rows.
 
     x and other: (M, N), rows at ``x_stride`` and ``other_stride``; other is a norm's residual or an activation's up half.
     weight: (N,). given: a scalar. code, sum, value: (M, N) contiguous, FP4 codes in pairs: (M, N // 2). scale:
     (M, N // GROUP), or consecutive matrices in LAYOUT, each for ``scale_rows`` rows; one value if a tensor shares it. Absent
     tensors and what goes with them are None.
 
-    With LATE_WEIGHT a norm reads its weight when it has added up the row, until when it takes no registers.
+    With LATE_WEIGHT a norm reads its weight when it has added up the row, until when it takes no registers. With NARROW its
+    values wait for that sum in the 16 bits that they were read in.
     WARPS is the number of warps where a tile is one row, whose values :func:`in_warps` knows how to find in them; else None.
     PEAK says where the amax comes from: each ``group`` of the tile; ``none`` is needed; or one that the whole tensor shares,
     in two launches: the first adds its tiles to it (``store``) and writes no codes, the second reads it (``load``).
@@ -460,10 +463,10 @@ def fused_quant_kernel(
     None leaves it as it is.
     """
     if PAD_ROWS is not None:  # noqa: SIM102  # Triton decides the one while it compiles.
-        if (tl.program_id(0) * (ROWS * STEPS) >= M) | (tl.program_id(1) * GROUPS >= N // GROUP):
-            store_padding(scale_ptr, M, N // GROUP, LAYOUT, ROWS * STEPS, GROUPS, PAD_TILE, PAD_ROWS, PAD_GROUPS)
+        if (tl.program_id(0) * ROWS >= M) | (tl.program_id(1) * GROUPS >= N // GROUP):
+            store_padding(scale_ptr, M, N // GROUP, LAYOUT, ROWS, GROUPS, PAD_TILE, PAD_ROWS, PAD_GROUPS)
             return
-    first = (tl.program_id(0).to(tl.int64) * (ROWS * STEPS) + tl.arange(0, ROWS))[:, None, None]
+    rows = (tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS))[:, None, None]
     # Told that there is one, the compiler knows which lanes are inside.
     tile = 0 if GROUPS * GROUP >= N else tl.program_id(1)
     groups = (tile * GROUPS + tl.arange(0, GROUPS))[None, :, None]
@@ -471,71 +474,66 @@ def fused_quant_kernel(
     columns = groups * GROUP + lanes
     VECTOR: tl.constexpr = vector_of(sum_ptr, value_ptr)
     inside = inside_row(columns, lanes, N, GROUP, GROUPS)
-    upcoming = load(x_ptr + first * x_stride + columns, within(first, M, inside, ROWS * STEPS))
+    mask = within(rows, M, inside, ROWS)
+    x = load(x_ptr + rows * x_stride + columns, mask)
     # Loads do not move before the barriers of a sum: what is not read now is waited for then.
     given = None
     if given_ptr is not None and not LATE_WEIGHT:
         given = tl.load(given_ptr).to(tl.float32)
     weight = load_at(None if LATE_WEIGHT else weight_ptr, columns, inside)
-    for step in tl.static_range(STEPS):
-        rows = first + step * ROWS
-        mask = within(rows, M, inside, ROWS * STEPS)
-        x = upcoming
-        if step + 1 < STEPS:
-            ahead = rows + ROWS
-            upcoming = load(x_ptr + ahead * x_stride + columns, within(ahead, M, inside, ROWS * STEPS))
-        x = prologue_value(
+    x = prologue_value(
+        x,
+        weight,
+        weight_ptr,
+        columns,
+        inside,
+        other_ptr,
+        sum_ptr,
+        rows * other_stride + columns if other_ptr is not None else columns,
+        rows * N + columns,
+        mask,
+        M,
+        N,
+        GROUP,
+        WARPS,
+        VECTOR,
+        NARROW,
+        ESTIMATES,
+        PROLOGUE,
+    )
+    if PEAK == "store":
+        x = widened(x)
+        if mask is not None:
+            x = tl.where(mask, x, 0.0)
+        bits = tl.max(amax(x, 2).to(tl.int32, bitcast=True), 1)
+        tl.atomic_max(amax_ptr, tl.max(tl.max(bits, 1), 0))
+    else:
+        if given is None and given_ptr is not None:
+            given = tl.load(given_ptr).to(tl.float32)
+        if value_ptr is not None:
+            tl.store(value_ptr + rows * N + columns, cast(x, value_ptr.dtype.element_ty), mask)
+        store_quantized(
             x,
-            weight,
-            weight_ptr,
-            columns,
-            inside,
-            other_ptr,
-            sum_ptr,
-            rows * other_stride + columns if other_ptr is not None else columns,
-            rows * N + columns,
+            None,
+            given,
+            amax_ptr,
+            code_ptr,
+            scale_ptr,
+            rows,
+            groups,
+            lanes,
             mask,
             M,
+            scale_rows,
             N,
             GROUP,
             WARPS,
             VECTOR,
-            ESTIMATES,
-            PROLOGUE,
+            PEAK,
+            PROGRAM,
+            CODES,
+            LAYOUT,
+            ONE_MATRIX,
+            PAD_ROWS,
+            PAD_GROUPS,
         )
-        if PEAK == "store":
-            x = widened(x)
-            if mask is not None:
-                x = tl.where(mask, x, 0.0)
-            bits = tl.max(amax(x, 2).to(tl.int32, bitcast=True), 1)
-            tl.atomic_max(amax_ptr, tl.max(tl.max(bits, 1), 0))
-        else:
-            if given is None and given_ptr is not None:
-                given = tl.load(given_ptr).to(tl.float32)
-            if value_ptr is not None:
-                tl.store(value_ptr + rows * N + columns, cast(x, value_ptr.dtype.element_ty), mask)
-            store_quantized(
-                x,
-                None,
-                given,
-                amax_ptr,
-                code_ptr,
-                scale_ptr,
-                rows,
-                groups,
-                lanes,
-                mask,
-                M,
-                scale_rows,
-                N,
-                GROUP,
-                WARPS,
-                VECTOR,
-                PEAK,
-                PROGRAM,
-                CODES,
-                LAYOUT,
-                ONE_MATRIX,
-                PAD_ROWS,
-                PAD_GROUPS,
-            )

@@ -27,7 +27,7 @@ from fusion_pass.specs import (
 from fusion_pass.terms import bounds
 
 from .arithmetic import INTERPRETED
-from .cheaper_scales import LARGEST, with_cheaper_scales
+from .cheaper_scales import LARGEST, int8_needs_no_bounds, with_cheaper_scales
 from .fused_quant import fused_quant_kernel
 from .launch_table import LaunchConfig, configure, group_length, whole_rows
 from .scale_program import program
@@ -87,6 +87,7 @@ def launch_into_buffers(
 ) -> list[torch.Tensor]:
     """As :func:`launch`, returning the buffers it allocated; ``wrap`` is applied to a kernel before each launch."""
     spec = with_cheaper_scales(spec, x.dtype)
+    unbounded = int8_needs_no_bounds(spec, x.dtype)
     x, x_stride = rows_of(x)
     other, other_stride = (None, None) if other is None else rows_of(other)
     config = configure(spec, x.shape[-1], x.numel() // x.shape[-1])
@@ -107,7 +108,7 @@ def launch_into_buffers(
         "ESTIMATES": _takes_estimates(spec, x),
         "PEAK": _peak(spec, config),
         **division,
-        **constants(spec),
+        **constants(spec, unbounded),
         "num_warps": config.warps,
     }
     if config.parts > 1:
@@ -133,11 +134,11 @@ def _divided(spec: FusedSpec, config: LaunchConfig, x: torch.Tensor) -> tuple[tu
     one_matrix = all(isinstance(size, int) and size == 1 for size in x.shape[:-2])
     pads = one_matrix and _writes_padding(spec, config, count, columns)
     pad_rows, pad_groups = multiples(spec.layout) if pads else (None, None)
-    pad_tile = max(config.rows * config.steps, min(pad_rows or 1, _PAD_SCALES // config.groups)) if pads else None
+    pad_tile = max(config.rows, min(pad_rows or 1, _PAD_SCALES // config.groups)) if pads else None
     if config.parts > 1:
         of_kernel = {"PARTS": config.parts}
     else:
-        of_kernel = {"ROWS": config.rows, "STEPS": config.steps, "LATE_WEIGHT": config.late_weight}
+        of_kernel = {"ROWS": config.rows, "LATE_WEIGHT": config.late_weight, "NARROW": config.narrow}
     # Three dimensions: Inductor's launchers take no fewer.
     return (*_programs(spec, config, count, columns, pad_tile), 1), {
         "M": count,
@@ -148,8 +149,7 @@ def _divided(spec: FusedSpec, config: LaunchConfig, x: torch.Tensor) -> tuple[tu
         "LANES": config.lanes,
         **of_kernel,
         "WARPS": config.warps if _in_warps(spec, row, config) else None,
-        # Beside two tiles, what it saves elsewhere takes registers: a program less to a processor.
-        "ONE_MATRIX": pads or (one_matrix and config.steps == 1),
+        "ONE_MATRIX": one_matrix,
         "PAD_TILE": pad_tile,
         "PAD_ROWS": pad_rows,
         "PAD_GROUPS": pad_groups,
@@ -165,13 +165,14 @@ def _peak(spec: FusedSpec, config: LaunchConfig) -> str:
 
 def _programs(spec: FusedSpec, config: LaunchConfig, rows: Any, columns: int, pad_tile: int | None) -> tuple[Any, int]:
     """How many programs there are by rows and by columns of scales; below the tiles, those of ``pad_tile`` rows of padding."""
-    tile = config.rows * config.steps
-    tiles = -(-rows // tile)
+    tiles = -(-rows // config.rows)
     if pad_tile is None:
         return tiles, -(-columns // config.groups)
     # Of a symbolic number of rows, as many as there may be.
     of_rows, _ = multiples(spec.layout)
-    spare = max(0, padded(spec.layout, rows, columns)[0] - tiles * tile) if isinstance(rows, int) else of_rows - 1
+    spare = (
+        max(0, padded(spec.layout, rows, columns)[0] - tiles * config.rows) if isinstance(rows, int) else of_rows - 1
+    )
     return tiles + -(-spare // pad_tile), -(-padded(spec.layout, 1, columns)[1] // config.groups)
 
 
@@ -303,11 +304,11 @@ def overflow(quantizer: Quantizer) -> int | None:
 
 
 @cache
-def constants(spec: FusedSpec) -> dict[str, Any]:
-    """The compile-time arguments that follow from the spec alone."""
+def constants(spec: FusedSpec, unbounded: bool) -> dict[str, Any]:
+    """The compile-time arguments that follow from the spec, and from whether int8 codes need no bounds."""
     return {
         "PROLOGUE": json.dumps(_prologue_constants(spec)),
-        **quantizer_constants(spec.quantizer),
+        **quantizer_constants(spec.quantizer, unbounded),
         "LAYOUT": spec.layout.value,
     }
 
@@ -342,11 +343,16 @@ def _prologue_constants(spec: FusedSpec) -> dict[str, Any]:
     return {"kind": "none"}
 
 
-def _whole(quantizer: Quantizer) -> str | None:
-    """How quotients become whole numbers, if they do; ``int8`` for the nearest even one within bounds that int8 holds."""
+def _whole(quantizer: Quantizer, unbounded: bool) -> str | None:
+    """How quotients become whole numbers, if they do.
+
+    ``int8`` is for the nearest even one within bounds that int8 holds, ``unbounded_int8`` where they are not needed.
+    """
     low, high = quantizer.least, quantizer.clamp
     if quantizer.rounding is Rounding.CAST:
         return None
+    if unbounded:
+        return "unbounded_int8"
     int8 = quantizer.rounding is Rounding.NEAREST_EVEN and quantizer.code is torch.int8
     if int8 and low is not None and high is not None and -128 <= low <= 0 <= high <= 127 and low % 1 == high % 1 == 0:
         return "int8"
@@ -354,13 +360,13 @@ def _whole(quantizer: Quantizer) -> str | None:
 
 
 @cache
-def quantizer_constants(quantizer: Quantizer) -> dict[str, Any]:
-    """The compile-time arguments that follow from the quantizer alone."""
+def quantizer_constants(quantizer: Quantizer, unbounded: bool = False) -> dict[str, Any]:
+    """The compile-time arguments that follow from the quantizer, and from whether int8 codes need no bounds."""
     codes = {
         "divides": quantizer.divides,
         "ordinary": _ordinary(quantizer),
         "quotient_rounding": DTYPE_NAMES[quantizer.quotient],
-        "whole": _whole(quantizer),
+        "whole": _whole(quantizer, unbounded),
         "adds_zero": quantizer.adds_zero,
         "clamp": None if _cast_clamps(quantizer) else quantizer.clamp,
         "clamp_low": quantizer.least,

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
+import torch
 import triton
 
 from fusion_pass.specs import (
@@ -21,6 +22,7 @@ from fusion_pass.specs import (
     NoPrologue,
     RMSNorm,
     ScaleLayout,
+    Weight,
 )
 
 # Values that a program holds, where 1 x 1024 tiles and one 4096-value row are nearest the floor.
@@ -39,8 +41,8 @@ class LaunchConfig:
         groups: groups per tile, a power of two.
         lanes: the group length rounded up to a power of two.
         warps: warps per program.
-        steps: tiles per program, one below the other; each is read while the one before is worked on.
         late_weight: whether a norm's weight is read after the row is summed: fewer registers, a longer wait.
+        narrow: whether a norm's values wait for their sum in the 16 bits they were read in: fewer registers, more instructions.
         parts: programs to a row, each of which reads the row and quantizes its part of ``groups``.
     """
 
@@ -48,8 +50,8 @@ class LaunchConfig:
     groups: int
     lanes: int
     warps: int
-    steps: int = 1
     late_weight: bool = False
+    narrow: bool = False
     parts: int = 1
 
 
@@ -124,15 +126,22 @@ def _is_gelu(prologue: GatedActivation) -> bool:
 
 def _many_norms(spec: FusedSpec, row: int, rows: int, groups: int, lanes: int) -> LaunchConfig:
     """Of rows that are read but not written, where arithmetic is in the way: few threads to a row, so that many fit."""
-    values = groups * lanes
+    values, in_pairs = groups * lanes, _multiplies_in_pairs(spec.prologue)
     if values < 8192:
-        per_thread = 64 if row <= values * 3 // 4 else 32
-        steps = 2 if row == values == 4096 and lanes >= 128 and spec.layout is not ScaleLayout.ROW else 1
-        return LaunchConfig(rows, groups, lanes, _warps(rows * values, per_thread), steps)
+        wasteful = row <= values * 3 // 4
+        narrow = values == 4096 and lanes >= 128 and in_pairs and (wasteful or groups > 1)
+        return LaunchConfig(rows, groups, lanes, _warps(rows * values, 64 if wasteful else 32), narrow=narrow)
+    # Values that are as wide after the sum as they would be during it save no registers.
+    narrow = row == values if values >= 16384 else in_pairs
     # What lies between amax and scale is computed for every 16 values of a group: short groups want more threads.
-    per_thread = 64 if values == 8192 and (row == values or lanes < 128) else 128
-    late = row != 16384 or spec.layout is ScaleLayout.ROW or lanes < 128
-    return LaunchConfig(1, groups, lanes, _warps(values, per_thread), late_weight=late)
+    per_thread = 64 if values == 8192 and (row == values or (groups == 1 if narrow else lanes < 128)) else 128
+    return LaunchConfig(1, groups, lanes, _warps(values, per_thread), late_weight=not narrow, narrow=narrow)
+
+
+def _multiplies_in_pairs(prologue: Any) -> bool:
+    """Whether a norm's product with its weight is of 16 bits, two at a time."""
+    in_16_bits = prologue.normalized is prologue.product is not torch.float32
+    return in_16_bits and prologue.weight is Weight.PLAIN
 
 
 def _parts(spec: FusedSpec, row: int, rows: Any) -> int:

@@ -4,12 +4,22 @@ from dataclasses import replace
 
 import pytest
 import torch
-from fusion_pass.kernels.cheaper_scales import cheaper, with_cheaper_scales
+from fusion_pass.kernels.cheaper_scales import cheaper, int8_needs_no_bounds, with_cheaper_scales
+from fusion_pass.kernels.launch import launch
 from fusion_pass.kernels.reference import evaluate, reference
 from fusion_pass.kernels.scale_program import program
 
 from fusion_pass.mx_specs import Multiplier, ScaleMode, mx_quantizer
-from fusion_pass.specs import FusedSpec, GatedActivation, NoPrologue, PowerOfTwo, Quantizer, QuotientRule, RMSNorm
+from fusion_pass.specs import (
+    FusedSpec,
+    GatedActivation,
+    NoPrologue,
+    PowerOfTwo,
+    Quantizer,
+    QuotientRule,
+    RMSNorm,
+    Rounding,
+)
 from fusion_pass.terms import parse
 from fusion_pass.testing import compare
 
@@ -170,3 +180,42 @@ def test_quotients_that_may_overflow_are_not(quantizer):
 
 def test_quotients_of_32_bits_are_not_bounded():
     assert cheaper(Quantizer.dynamic(**UNBOUNDED), F32).clamp is None
+
+
+def int8(**choices):
+    usual = {"divisor": 127.0, "clamp": 127.0, "amax_floor": 1e-7, "rounding": Rounding.NEAREST_EVEN}
+    return Quantizer.dynamic(torch.int8, **{**usual, **choices})
+
+
+@pytest.mark.filterwarnings("ignore:invalid value encountered")
+@pytest.mark.parametrize("dtype", [BF16, F16], ids=str)
+@pytest.mark.parametrize(("rule", "floor"), [(QuotientRule.DIVIDE, None), *((rule, 1e-7) for rule in QuotientRule)])
+def test_int8_codes_that_need_no_bounds(rule, floor, dtype, device):
+    """Of every value, beside others of its size and of all sizes; beside zeros and numbers that are none, codes are zero."""
+    spec = FusedSpec(NoPrologue(), int8(quotient_rule=rule, amax_floor=floor))
+    assert int8_needs_no_bounds(spec, dtype)
+    bits = torch.arange(65536, dtype=torch.int32).to(torch.int16).view(dtype).to(device)
+    for x in (bits.view(512, 128), bits.view(128, 512).t().contiguous().view(512, 128)):
+        result = compare(launch(spec, x), reference(spec, x))
+        assert result.equal, result
+
+
+@pytest.mark.parametrize(
+    ("quantizer", "dtype"),
+    [
+        (int8(divisor=128.0), BF16),
+        (int8(clamp=126.0), BF16),
+        (int8(clamp_low=0.0), BF16),
+        # A bounded scale is finite where the amax is not.
+        (int8(amax_ceiling=1e38), BF16),
+        # Subnormal amaxes have no finite reciprocal.
+        (int8(quotient_rule=QuotientRule.RECIPROCAL, amax_floor=None), BF16),
+        (int8(scale_dtype=BF16, divisor=127.5), BF16),
+        (int8(rounding=Rounding.CAST), BF16),
+        (Quantizer.static(torch.int8, clamp=127.0, rounding=Rounding.NEAREST_EVEN), BF16),
+        (int8(), F32),
+    ],
+    ids=["divisor", "bound", "lower bound", "ceiling", "no floor", "rounded scale", "truncated", "static", "f32"],
+)
+def test_int8_codes_that_may_need_bounds(quantizer, dtype):
+    assert not int8_needs_no_bounds(FusedSpec(NoPrologue(), quantizer), dtype)

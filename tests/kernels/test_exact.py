@@ -455,16 +455,16 @@ def test_outputs_of_rows_that_programs_share(layout, quantizer, device):
         check(FusedSpec(prologue, quantizer, layout, sum_output=BF16, value_output=BF16), shape, BF16, device)
 
 
-@pytest.mark.parametrize("steps", [2, 3])
-def test_programs_that_take_several_tiles(steps, monkeypatch, device):
-    """Rows that are no multiple of what a program takes, fewer than it takes, and one."""
+@pytest.mark.parametrize("dtype", [BF16, F16, F32])
+def test_values_that_wait_in_16_bits(dtype, monkeypatch, device):
+    """Also of rows that share a program, and where the weight is in float32."""
     chosen = launching.configure
     monkeypatch.setattr(
-        launching, "configure", lambda *a, **k: dataclasses.replace(chosen(*a, **k), steps=steps, rows=2)
+        launching, "configure", lambda *a, **k: dataclasses.replace(chosen(*a, **k), narrow=True, late_weight=False)
     )
-    for prologue, rows in itertools.product(["norm", "add norm", "silu", "none"], [1, 3, 13]):
-        for quantizer in (Quantizer.dynamic(amax_floor=1e-10), Quantizer.dynamic(group=64, amax_floor=1e-10)):
-            check(FusedSpec(prologues(device, BF16)[prologue], quantizer), (rows, 384), BF16, device)
+    for prologue, shape in itertools.product(["norm", "add norm", "one plus weight"], [(1, 4096), (3, 384), (13, 208)]):
+        for quantizer in (Quantizer.dynamic(amax_floor=1e-10), Quantizer.dynamic(group=16, amax_floor=1e-10)):
+            check(FusedSpec(prologues(device, BF16)[prologue], quantizer), shape, dtype, device)
 
 
 @pytest.mark.parametrize(

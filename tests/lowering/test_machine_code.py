@@ -22,6 +22,16 @@ def test_launches_of_a_site_compile(site, rows, kernel):
     assert code.instructions == sum(code.names.values()) > 100
 
 
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_values_that_wait_in_16_bits_take_fewer_registers(dtype):
+    """The compiler has not found out that they are widened twice to the same."""
+    wide, narrow = (
+        machine_code.compiled(machine_code.launches("rms -> group", 8192, 8192, dtype, {"narrow": narrow})[0])
+        for narrow in (False, True)
+    )
+    assert narrow.registers <= wide.registers - 16
+
+
 def test_fields_of_the_configuration_are_replaced(capsys, tmp_path):
     sass = tmp_path / "kernel.sass"
     site = ["--site", "rms -> token", "--rows", "8", "--row", "4096"]
