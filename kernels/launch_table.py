@@ -72,7 +72,7 @@ def configure(spec: FusedSpec, row: int, rows: Any = None) -> LaunchConfig:
 def _configured(spec: FusedSpec, row: int, amount: Amount, parts: int) -> LaunchConfig:
     groups, lanes = _powers_of_two(spec, row)
     if not whole_rows(spec):
-        return _tiles(spec, groups, lanes, amount)
+        return _tiles(spec, row, groups, lanes, amount)
     if parts > 1:
         return _split(spec, groups, lanes, parts)
     values = groups * lanes
@@ -80,9 +80,9 @@ def _configured(spec: FusedSpec, row: int, amount: Amount, parts: int) -> Launch
     rows = max(1, 1024 // values)
     if isinstance(spec.prologue, RMSNorm) and not _adds(spec.prologue) and amount is Amount.MANY:
         return _many_norms(spec, row, rows, groups, lanes)
-    late = _late_by_table(spec, row, values, amount)
-    per_thread = 32 if late else _values_per_thread(spec, row, values, amount)
-    return LaunchConfig(rows, groups, lanes, _warps(rows * values, per_thread), late_weight=late)
+    late, narrow = _late_by_table(spec, row, values, amount), _narrow_by_table(spec, row, values)
+    per_thread = 32 if late or narrow else _values_per_thread(spec, row, values, amount)
+    return LaunchConfig(rows, groups, lanes, _warps(rows * values, per_thread), late_weight=late, narrow=narrow)
 
 
 def _powers_of_two(spec: FusedSpec, row: int) -> tuple[int, int]:
@@ -91,15 +91,15 @@ def _powers_of_two(spec: FusedSpec, row: int) -> tuple[int, int]:
     return triton.next_power_of_2(-(-row // group)), triton.next_power_of_2(group)
 
 
-def _tiles(spec: FusedSpec, groups: int, lanes: int, amount: Amount) -> LaunchConfig:
+def _tiles(spec: FusedSpec, row: int, groups: int, lanes: int, amount: Amount) -> LaunchConfig:
     """Of a few whole groups; of several rows where scales of neighbouring rows are neighbours in memory."""
     few, gated = amount is Amount.FEW, isinstance(spec.prologue, GatedActivation)
     values, rows, per_thread = _TILE_VALUES, 1, 8 if few or gated else 16
     if few and gated:
         values, per_thread = _TILE_VALUES // 2, 4
         rows = 2 if spec.layout in (ScaleLayout.COLUMN, ScaleLayout.TMA) and lanes >= 128 else 1
-    elif _takes_large_tiles(spec, lanes, amount):
-        values, per_thread = 4 * _TILE_VALUES, 16
+    elif (large := _large_tile(spec, row, lanes, amount)) is not None:
+        values, per_thread = large, 16
     elif spec.layout is ScaleLayout.PACKED:
         # Four neighbours in a row are one word, and a tile with all of them writes it at once.
         per_thread = 16
@@ -113,15 +113,21 @@ def _tiles(spec: FusedSpec, groups: int, lanes: int, amount: Amount) -> LaunchCo
     return LaunchConfig(rows, groups, lanes, _warps(rows * groups * lanes, per_thread))
 
 
-def _takes_large_tiles(spec: FusedSpec, lanes: int, amount: Amount) -> bool:
-    """Whether a program takes 4096 gated values; with GELU, other layouts and short groups that was not measured."""
-    if not isinstance(spec.prologue, GatedActivation) or _is_gelu(spec.prologue) or spec.quantizer.group is None:
-        return False
-    return spec.layout is ScaleLayout.ROW and lanes >= 128 and amount is Amount.MANY
+def _large_tile(spec: FusedSpec, row: int, lanes: int, amount: Amount) -> int | None:
+    """How many gated values of many rows a program takes, where more than the usual were faster."""
+    gated = isinstance(spec.prologue, GatedActivation) and spec.quantizer.group is not None
+    if not gated or amount is not Amount.MANY or spec.layout is ScaleLayout.PACKED:
+        return None
+    if _is_gelu(spec.prologue):
+        values = 2 * _TILE_VALUES
+        return values if lanes >= 128 and row % values == 0 else None
+    values = 4 * _TILE_VALUES
+    filled = row >= -(-row // values) * values * 3 // 4
+    return values if filled and (lanes >= 128 or spec.layout is ScaleLayout.BLOCKED) else None
 
 
-def _is_gelu(prologue: GatedActivation) -> bool:
-    return prologue.activation in (Activation.GELU, Activation.GELU_TANH)
+def _is_gelu(prologue: Any) -> bool:
+    return isinstance(prologue, GatedActivation) and prologue.activation in (Activation.GELU, Activation.GELU_TANH)
 
 
 def _many_norms(spec: FusedSpec, row: int, rows: int, groups: int, lanes: int) -> LaunchConfig:
@@ -157,7 +163,9 @@ def _parts(spec: FusedSpec, row: int, rows: Any) -> int:
 def _parts_by_table(prologue: Any, values: int, rows: int) -> int:
     if isinstance(prologue, GatedActivation):
         # All of a row is activated in each of its programs.
-        return {4096: 4, 8192: 8, 16384: 4}.get(values, 1) if rows <= 16 else 1
+        if rows <= 16:
+            return {4096: 4, 8192: 8, 16384: 8}.get(values, 1)
+        return 4 if values >= 16384 and rows <= 32 else 1
     if rows <= 16:
         return {2048: 2, 4096: 4, 8192: 8 if _adds(prologue) else 4, 16384: 8}.get(values, 1)
     if _adds(prologue):
@@ -174,7 +182,7 @@ def _split(spec: FusedSpec, groups: int, lanes: int, parts: int) -> LaunchConfig
     """Of rows that ``parts`` programs share."""
     values, in_groups = groups * lanes, spec.quantizer.group is not None
     if isinstance(spec.prologue, GatedActivation):
-        warps = 16 if values <= 8192 else 8
+        warps = 16 if values <= 8192 else 32
     else:
         warps = 8 if values // parts > 1024 or _adds(spec.prologue) else 4
         if values >= 16384 and (in_groups or isinstance(spec.prologue, NoPrologue)):
@@ -195,7 +203,7 @@ def _values_per_thread(spec: FusedSpec, row: int, values: int, amount: Amount) -
         # Eight warps, unless that leaves a thread less than a vector.
         return max(8, values // 256)
     if _adds(spec.prologue):
-        return 32 if values < 8192 else 64 if values == 8192 else 128
+        return 32 if values < 8192 else 64 if values == 8192 or amount is Amount.UNKNOWN else 128
     return 32 if values < 8192 or (values == 8192 and not wasteful) else 64
 
 
@@ -204,19 +212,22 @@ def _gated_values_per_thread(prologue: GatedActivation, values: int, wasteful: b
         return 8 if values <= 8192 else 32
     if values == 8192 and amount is Amount.UNKNOWN:
         return 16
-    if values >= 8192 and not wasteful and _is_gelu(prologue):
-        return 16 if values == 8192 else 64
-    return 16 if values < 8192 else 64 if values == 8192 and wasteful else 32
+    if values == 8192 and _is_gelu(prologue) and not wasteful:
+        return 16
+    return 16 if values < 8192 else 32 if values == 8192 and not wasteful else 64
 
 
 def _late_by_table(spec: FusedSpec, row: int, values: int, amount: Amount) -> bool:
     """Whether twice the warps with a weight that is read late were faster: more programs fit a processor."""
-    if not isinstance(spec.prologue, RMSNorm) or row != values:
-        return False
-    if not _adds(spec.prologue):
-        # With the weight, newer Tritons than 3.6 need 81 registers instead of 64: half the programs.
-        return values == 16384 and spec.quantizer.group is not None
-    return values == 8192 and amount is Amount.UNKNOWN and not spec.quantizer.needs_amax
+    wide = _adds(spec.prologue) and values == row == 8192
+    return wide and amount is Amount.UNKNOWN and not spec.quantizer.needs_amax
+
+
+def _narrow_by_table(spec: FusedSpec, row: int, values: int) -> bool:
+    """Whether twice the warps with values that wait in 16 bits were faster."""
+    norm = isinstance(spec.prologue, RMSNorm) and not _adds(spec.prologue)
+    # Without, newer Tritons than 3.6 need 81 registers instead of 64: half the programs.
+    return norm and values == row == 16384 and spec.quantizer.group is not None
 
 
 def _amount(rows: Any, row: int) -> Amount:
