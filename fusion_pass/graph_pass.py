@@ -144,10 +144,10 @@ class FusionPass(_InstalledPass):
     """
 
     def __call__(self, graph: fx.Graph) -> None:
-        if not inductor.KEEPS_ROUNDINGS:
-            with contained(graph, strict=self.strict) as undo, during("show roundings"):
+        with contained(graph, strict=self.strict) as undo, during("show casts"):
+            if hidden := rounding.hidden(graph):
                 undo.remember()
-                rounding.show(graph)
+                rounding.show(hidden)
         run(graph, self.devices, strict=self.strict, to_kernels=True)
 
     def uuid(self) -> Any:
@@ -164,17 +164,18 @@ class FusionPass(_InstalledPass):
 
 
 class RoundingGuard(_InstalledPass):
-    """Hides rounding points from joint-graph passes that would drop them; :class:`FusionPass` shows them again.
+    """Hides casts from passes that would drop or replace them; :class:`FusionPass` shows them again.
 
     Before it does, floats that sites need as numbers become constants.
     """
 
     def __call__(self, graph: fx.Graph) -> None:
         floats.specialize(graph, self.devices, strict=self.strict)
-        if not inductor.KEEPS_ROUNDINGS:
-            with contained(graph, strict=self.strict) as undo, during("hide roundings"):
+        with contained(graph, strict=self.strict) as undo, during("hide casts"):
+            casts = [] if inductor.KEEPS_ROUNDINGS else rounding.roundings(graph)
+            if casts := casts + rounding.exponents(graph, self.devices):
                 undo.remember()
-                rounding.hide(graph)
+                rounding.hide(graph, casts)
 
     def uuid(self) -> Any:
         return _cache_key(self.strict, lambda: ("fusion_pass.rounding", source_hash()))

@@ -274,8 +274,8 @@ def realize_kernel_inputs(wanted: bool) -> bool:
 def lower_copies(wanted: bool) -> bool:
     """Whether Inductor knows ``aten._to_copy`` with a dtype alone as the cast that it is; returns what was.
 
-    It has only a decomposition, which applies before the joint graph. Before torch 2.13 :mod:`fusion_pass.rounding` writes
-    that op there, and where another pass has taken the slot of ours, nothing rewrites it before Inductor generates code.
+    It has only a decomposition, which applies before the joint graph. :mod:`fusion_pass.rounding` writes that op there, and
+    where another pass has taken the slot of ours, nothing rewrites it before Inductor generates code.
     """
     lowerings = _private(_LOWERING, "lowerings")
     before = _COPY in lowerings

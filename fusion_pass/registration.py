@@ -79,8 +79,7 @@ def _install() -> None:
             undo.callback(inductor.remove_pass, slot, graph_pass, inductor.add_pass(slot, graph_pass))
         undo.callback(inductor.realize_kernel_inputs, inductor.realize_kernel_inputs(True))
         undo.callback(inductor.remember_accesses, inductor.remember_accesses(True))
-        if not inductor.KEEPS_ROUNDINGS:
-            undo.callback(inductor.lower_copies, inductor.lower_copies(True))
+        undo.callback(inductor.lower_copies, inductor.lower_copies(True))
         undo.callback(inductor.restore_launches, inductor.launch_kernels_statically())
         _undo.push(undo.pop_all())
 

@@ -80,9 +80,9 @@ def _configured(spec: FusedSpec, row: int, amount: Amount, parts: int) -> Launch
     rows = max(1, 1024 // values)
     if isinstance(spec.prologue, RMSNorm) and not _adds(spec.prologue) and amount is Amount.MANY:
         return _many_norms(spec, row, rows, groups, lanes)
-    late, narrow = _late_by_table(spec, row, values, amount), _narrow_by_table(spec, row, values)
-    per_thread = 32 if late or narrow else _values_per_thread(spec, row, values, amount)
-    return LaunchConfig(rows, groups, lanes, _warps(rows * values, per_thread), late_weight=late, narrow=narrow)
+    late = _late_by_table(spec, row, values, amount)
+    per_thread = 32 if late else _values_per_thread(spec, row, values, amount)
+    return LaunchConfig(rows, groups, lanes, _warps(rows * values, per_thread), late_weight=late)
 
 
 def _powers_of_two(spec: FusedSpec, row: int) -> tuple[int, int]:
@@ -219,15 +219,12 @@ def _gated_values_per_thread(prologue: GatedActivation, values: int, wasteful: b
 
 def _late_by_table(spec: FusedSpec, row: int, values: int, amount: Amount) -> bool:
     """Whether twice the warps with a weight that is read late were faster: more programs fit a processor."""
-    wide = _adds(spec.prologue) and values == row == 8192
-    return wide and amount is Amount.UNKNOWN and not spec.quantizer.needs_amax
-
-
-def _narrow_by_table(spec: FusedSpec, row: int, values: int) -> bool:
-    """Whether twice the warps with values that wait in 16 bits were faster."""
-    norm = isinstance(spec.prologue, RMSNorm) and not _adds(spec.prologue)
-    # Without, newer Tritons than 3.6 need 81 registers instead of 64: half the programs.
-    return norm and values == row == 16384 and spec.quantizer.group is not None
+    if not isinstance(spec.prologue, RMSNorm) or row != values:
+        return False
+    if not _adds(spec.prologue):
+        # With the weight, newer Tritons than 3.6 need 81 registers instead of 64: half the programs.
+        return values == 16384 and spec.quantizer.group is not None
+    return values == 8192 and amount is Amount.UNKNOWN and not spec.quantizer.needs_amax
 
 
 def _amount(rows: Any, row: int) -> Amount:

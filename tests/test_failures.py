@@ -220,20 +220,22 @@ def test_an_interrupt_is_not_swallowed(monkeypatch):
 @pytest.mark.parametrize("name", ["hide", "show"])
 def test_the_guard_of_roundings_may_fail(name, monkeypatch):
     guard = {"hide": graph_pass.RoundingGuard, "show": graph_pass.FusionPass}[name](("cuda",))
-    graph = captured().graph
+    graph = captured(lambda x, *_: (x.float() * 2).to(torch.bfloat16).float() + 1).graph
+    if name == "show":
+        rounding.hide(graph, rounding.roundings(graph))
     before = picture(graph)
 
-    hide = rounding.hide
+    original = getattr(rounding, name)
 
-    def midway(graph):
-        hide(graph)
+    def midway(*given):
+        original(*given)
         assert picture(graph) != before
         raise InjectedError("injected")
 
     monkeypatch.setattr(inductor, "KEEPS_ROUNDINGS", False)
     monkeypatch.setattr(rounding, name, midway)
     monkeypatch.setattr(graph_pass, "run", lambda *_, **__: None)
-    with pytest.warns(fusion_pass.FusionPassWarning, match=f"{name} roundings"):
+    with pytest.warns(fusion_pass.FusionPassWarning, match=f"{name} casts"):
         guard(graph)
     assert picture(graph) == before
 
