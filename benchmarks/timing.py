@@ -28,12 +28,28 @@ def buffer_count(moved: int) -> int:
 
 
 def microseconds(fn: Callable[..., Any], buffers: Sequence[tuple[Any, ...]], replays: int = 20) -> float:
-    """The median time of one call over ``replays`` replays of a CUDA graph that calls fn on every buffer in turn.
+    """The median time of one call over ``replays`` replays of a CUDA graph that calls fn on every buffer in turn."""
+    return median(timed(fn, buffers), replays)
 
-    A graph holds at least 20 calls, or where they are long (0.5 ms on the GPU) one per buffer.
+
+def median(replay: Callable[[], float], replays: int = 20) -> float:
+    """The median of what a function of :func:`timed` returns."""
+    return statistics.median(replay() for _ in range(replays))
+
+
+def in_turns(replays: dict[str, Callable[[], float]], rounds: int = 20) -> dict[str, float]:
+    """The medians of functions of :func:`timed` that are called in turns, so that what changes with time affects all alike."""
+    samples = [[replay() for replay in replays.values()] for _ in range(rounds)]
+    return {name: statistics.median(column) for name, column in zip(replays, zip(*samples, strict=True), strict=True)}
+
+
+def timed(fn: Callable[..., Any], buffers: Sequence[tuple[Any, ...]]) -> Callable[[], float]:
+    """A function that replays a CUDA graph of calls of fn on every buffer, and returns the time of one in microseconds.
+
+    A graph holds at least 20 calls, or where they are long (0.5 ms on the GPU) one per buffer. The clock is up already.
     """
     if buffers[0][0].device.type != "cuda":
-        return _on_the_wall(fn, buffers)
+        return lambda: _on_the_wall(fn, buffers)
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
@@ -49,7 +65,7 @@ def microseconds(fn: Callable[..., Any], buffers: Sequence[tuple[Any, ...]], rep
     warm = 0.0
     while warm < _WARM_UP_US:
         warm += _elapsed(replay)
-    return statistics.median(_elapsed(replay) / count for _ in range(replays))
+    return lambda: _elapsed(replay) / count
 
 
 def _captured(fn: Callable[..., Any], calls: Sequence[tuple[Any, ...]]) -> Callable[[], None]:

@@ -137,11 +137,13 @@ def _many_norms(spec: FusedSpec, row: int, rows: int, groups: int, lanes: int) -
         wasteful = row <= values * 3 // 4
         narrow = values == 4096 and lanes >= 128 and in_pairs and (wasteful or groups > 1)
         return LaunchConfig(rows, groups, lanes, _warps(rows * values, 64 if wasteful else 32), narrow=narrow)
-    # Values that are as wide after the sum as they would be during it save no registers.
-    narrow = row == values if values >= 16384 else in_pairs
+    if values >= 16384:
+        # Values that are as wide after the sum as they would be during it save few registers; newer Tritons make more of them.
+        narrow = row == values or not (in_pairs or spec.quantizer.needs_amax)
+        return LaunchConfig(1, groups, lanes, _warps(values, 128), late_weight=row != values, narrow=narrow)
     # What lies between amax and scale is computed for every 16 values of a group: short groups want more threads.
-    per_thread = 64 if values == 8192 and (row == values or (groups == 1 if narrow else lanes < 128)) else 128
-    return LaunchConfig(1, groups, lanes, _warps(values, per_thread), late_weight=not narrow, narrow=narrow)
+    per_thread = 64 if row == values or (groups == 1 if in_pairs else lanes < 128) else 128
+    return LaunchConfig(1, groups, lanes, _warps(values, per_thread), late_weight=not in_pairs, narrow=in_pairs)
 
 
 def _multiplies_in_pairs(prologue: Any) -> bool:

@@ -7,6 +7,7 @@ from torch._inductor.utils import run_and_get_code
 import fusion_pass
 from fusion_pass.testing import compare
 
+import cases
 import spelled
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="generated code launches kernels on a GPU only")
@@ -62,3 +63,12 @@ def test_a_matrix_and_its_transpose_are_one_launch(fn):
     called = code[code.index("def call(") :]
     assert called.count("cast_transpose_kernel") == 1
     assert "torch.ops.fusion_pass" not in called
+
+
+def test_bytes_of_subnormal_scales_are_those_of_their_logarithms():
+    """Inductor has a rule for these bytes, of CUDA alone, that gives subnormal scales others."""
+    x = (torch.randn(128, 320, device="cuda") * 2.0 ** torch.arange(-130, -114, 0.125, device="cuda")[:, None]).to(BF16)
+    with fusion_pass.enabled(strict=True):
+        fused, (code, *_) = run_and_get_code(torch.compile(cases.mxfp8_both, dynamic=False), x, None)
+    assert compare(tuple(fused), cases.mxfp8_both(x, None)).equal
+    assert "packed_cast_transpose_kernel" in code[code.index("def call(") :]
