@@ -36,12 +36,11 @@ def compiled(name: str, case: Case, inputs: Inputs) -> Callable[..., Any]:
     if name == OURS:
         with fusion_pass.enabled(strict=True):
             fn(*inputs)
-    elif name == TUNED:
-        # Found anew in each process: what another process found while the GPU was shared is not to be trusted.
-        with config.patch(coordinate_descent_tuning=True, autotune_local_cache=False):
-            fn(*inputs)
     else:
-        fn(*inputs)
+        # Found anew in each process: what another process found while the GPU was shared is not to be trusted. By default,
+        # too, Inductor times a few configurations of some kernels.
+        with config.patch(coordinate_descent_tuning=name == TUNED, autotune_local_cache=False):
+            fn(*inputs)
     return fn
 
 

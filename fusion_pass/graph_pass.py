@@ -15,7 +15,7 @@ import torch
 import triton
 from torch import fx
 
-from . import cost, debug, distances, floats, hardware, inductor, registration, rounding, settings
+from . import cost, debug, distances, floats, hardware, hidden_casts, inductor, registration, settings
 from .failures import ExpectedError, FusionPassError, Undo, contained, during, tell
 from .inductor import CustomGraphPass, SchedulePass, counters, spread_schedule
 from .lower import lower
@@ -145,9 +145,9 @@ class FusionPass(_InstalledPass):
 
     def __call__(self, graph: fx.Graph) -> None:
         with contained(graph, strict=self.strict) as undo, during("show casts"):
-            if hidden := rounding.hidden(graph):
+            if hidden := hidden_casts.hidden(graph):
                 undo.remember()
-                rounding.show(hidden)
+                hidden_casts.show(hidden)
         run(graph, self.devices, strict=self.strict, to_kernels=True)
 
     def uuid(self) -> Any:
@@ -163,7 +163,7 @@ class FusionPass(_InstalledPass):
         return table and ("fusion_pass", source_hash(), self.devices, self.strict, always, table)
 
 
-class RoundingGuard(_InstalledPass):
+class CastGuard(_InstalledPass):
     """Hides casts from passes that would drop or replace them; :class:`FusionPass` shows them again.
 
     Before it does, floats that sites need as numbers become constants.
@@ -172,13 +172,13 @@ class RoundingGuard(_InstalledPass):
     def __call__(self, graph: fx.Graph) -> None:
         floats.specialize(graph, self.devices, strict=self.strict)
         with contained(graph, strict=self.strict) as undo, during("hide casts"):
-            casts = [] if inductor.KEEPS_ROUNDINGS else rounding.roundings(graph)
-            if casts := casts + rounding.exponents(graph, self.devices):
+            casts = [] if inductor.KEEPS_ROUNDINGS else hidden_casts.roundings(graph)
+            if casts := casts + hidden_casts.exponents(graph, self.devices):
                 undo.remember()
-                rounding.hide(graph, casts)
+                hidden_casts.hide(graph, casts)
 
     def uuid(self) -> Any:
-        return _cache_key(self.strict, lambda: ("fusion_pass.rounding", source_hash()))
+        return _cache_key(self.strict, lambda: ("fusion_pass.hidden_casts", source_hash()))
 
 
 class DistanceKeeper(SchedulePass):  # type: ignore[misc]

@@ -274,7 +274,7 @@ def realize_kernel_inputs(wanted: bool) -> bool:
 def lower_copies(wanted: bool) -> bool:
     """Whether Inductor knows ``aten._to_copy`` with a dtype alone as the cast that it is; returns what was.
 
-    It has only a decomposition, which applies before the joint graph. :mod:`fusion_pass.rounding` writes that op there, and
+    It has only a decomposition, which applies before the joint graph. :mod:`fusion_pass.hidden_casts` writes that op there, and
     where another pass has taken the slot of ours, nothing rewrites it before Inductor generates code.
     """
     lowerings = _private(_LOWERING, "lowerings")

@@ -92,10 +92,10 @@ def _passes(devices: tuple[str, ...], strict: bool) -> tuple[tuple[str, Any], ..
     must be known then as ours.
     """
     from . import inductor
-    from .graph_pass import DistanceKeeper, FusionPass, RoundingGuard
+    from .graph_pass import CastGuard, DistanceKeeper, FusionPass
 
     return (
-        (inductor.PRE_JOINT, RoundingGuard(devices, strict)),
+        (inductor.PRE_JOINT, CastGuard(devices, strict)),
         (inductor.POST_GRAD, FusionPass(devices, strict)),
         (inductor.SCHEDULE, DistanceKeeper(strict)),
     )

@@ -98,6 +98,8 @@ def _tiles(spec: FusedSpec, row: int, groups: int, lanes: int, amount: Amount) -
     if few and gated:
         values, per_thread = _TILE_VALUES // 2, 4
         rows = 2 if spec.layout in (ScaleLayout.COLUMN, ScaleLayout.TMA) and lanes >= 128 else 1
+    elif few and spec.quantizer.group is None and not spec.quantizer.needs_amax:
+        values = 2 * _TILE_VALUES
     elif (large := _large_tile(spec, row, lanes, amount)) is not None:
         values, per_thread = large, 16
     elif spec.layout is ScaleLayout.PACKED:

@@ -21,12 +21,12 @@ from fusion_pass import (
     floats,
     graph_pass,
     hardware,
+    hidden_casts,
     inductor,
     lower,
     plan,
     registration,
     rewrite,
-    rounding,
     sites,
     transposes,
 )
@@ -218,14 +218,14 @@ def test_an_interrupt_is_not_swallowed(monkeypatch):
 
 
 @pytest.mark.parametrize("name", ["hide", "show"])
-def test_the_guard_of_roundings_may_fail(name, monkeypatch):
-    guard = {"hide": graph_pass.RoundingGuard, "show": graph_pass.FusionPass}[name](("cuda",))
+def test_the_guard_of_casts_may_fail(name, monkeypatch):
+    guard = {"hide": graph_pass.CastGuard, "show": graph_pass.FusionPass}[name](("cuda",))
     graph = captured(lambda x, *_: (x.float() * 2).to(torch.bfloat16).float() + 1).graph
     if name == "show":
-        rounding.hide(graph, rounding.roundings(graph))
+        hidden_casts.hide(graph, hidden_casts.roundings(graph))
     before = picture(graph)
 
-    original = getattr(rounding, name)
+    original = getattr(hidden_casts, name)
 
     def midway(*given):
         original(*given)
@@ -233,7 +233,7 @@ def test_the_guard_of_roundings_may_fail(name, monkeypatch):
         raise InjectedError("injected")
 
     monkeypatch.setattr(inductor, "KEEPS_ROUNDINGS", False)
-    monkeypatch.setattr(rounding, name, midway)
+    monkeypatch.setattr(hidden_casts, name, midway)
     monkeypatch.setattr(graph_pass, "run", lambda *_, **__: None)
     with pytest.warns(fusion_pass.FusionPassWarning, match=f"{name} casts"):
         guard(graph)
@@ -260,7 +260,7 @@ def test_making_constants_may_fail(name, monkeypatch):
 
 @pytest.mark.parametrize(
     "installed",
-    [graph_pass.FusionPass, graph_pass.RoundingGuard, lambda devices, strict=False: graph_pass.DistanceKeeper(strict)],
+    [graph_pass.FusionPass, graph_pass.CastGuard, lambda devices, strict=False: graph_pass.DistanceKeeper(strict)],
 )
 def test_sources_that_cannot_be_read_bypass_the_cache(installed, monkeypatch):
     monkeypatch.setattr(graph_pass, "source_hash", failing(graph_pass.source_hash))

@@ -2,7 +2,7 @@
 
 - Before torch 2.13, its joint-graph passes drop the middle of f32 -> bf16 -> f32, a rounding.
 - A rule for MX scales replaces ``(clamp(ceil(log2(s)), -127, 127) + 127).to(uint8)`` on CUDA by operations on the bits of s, since
-  torch 2.13 on every GPU, and by an instruction of sm_100 on all versions. Both give the bytes of a subnormal s other values.
+  torch 2.13 and before sm_100, which give a subnormal s another byte; and by an instruction on sm_100, which is no term of scales.
 
 The guard hides such casts from those passes, and the post-grad pass shows them again.
 """

@@ -1,4 +1,4 @@
-"""Roundings survive Inductor's joint-graph passes: by torch's own rule, or hidden by the guard."""
+"""Casts survive what Inductor does before the pass: by torch's own rule, or hidden by the guard."""
 
 import pytest
 import torch
@@ -7,7 +7,7 @@ from torch._inductor.fx_passes.joint_graph import joint_graph_passes
 from torch._inductor.pattern_matcher import PatternMatcherPass, fwd_only, register_replacement
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from fusion_pass import graph_pass, inductor, rounding
+from fusion_pass import graph_pass, hidden_casts, inductor
 
 BF16, F16, F32, F64, I32 = torch.bfloat16, torch.float16, torch.float32, torch.float64, torch.int32
 # Casts that round, each followed by one that widens.
@@ -37,7 +37,7 @@ def casts_of(gm):
 @pytest.mark.parametrize("dtypes", ROUNDED, ids=str)
 def test_roundings_survive_the_joint_graph_passes(dtypes):
     gm = captured(*dtypes)
-    graph_pass.RoundingGuard(("cpu",))(gm.graph)
+    graph_pass.CastGuard(("cpu",))(gm.graph)
     joint_graph_passes(gm)
     graph_pass.FusionPass(("cpu",))(gm.graph)
     gm.graph.lint()
@@ -54,9 +54,9 @@ def test_the_guard_is_there_where_torch_drops_roundings(dtypes):
 @pytest.mark.parametrize("dtypes", ROUNDED, ids=str)
 def test_what_is_hidden_is_shown_again(dtypes):
     gm = captured(*dtypes)
-    rounding.hide(gm.graph, rounding.roundings(gm.graph))
+    hidden_casts.hide(gm.graph, hidden_casts.roundings(gm.graph))
     assert casts_of(gm) == [dtypes[2]]
-    rounding.show(rounding.hidden(gm.graph))
+    hidden_casts.show(hidden_casts.hidden(gm.graph))
     gm.graph.lint()
     assert casts_of(gm) == list(dtypes[1:])
 
@@ -64,7 +64,7 @@ def test_what_is_hidden_is_shown_again(dtypes):
 @pytest.mark.parametrize("dtypes", EXACT, ids=str)
 def test_other_casts_are_left_to_inductor(dtypes):
     gm = captured(*dtypes)
-    assert not rounding.roundings(gm.graph)
+    assert not hidden_casts.roundings(gm.graph)
 
 
 def by_logarithm(scale):
@@ -98,7 +98,7 @@ def test_bytes_of_scales_survive_the_rule_that_replaces_logarithms(guarded, rule
     gm = decomposed(mx_byte, torch.ones(4, 32, dtype=BF16))
     before = [node.target for node in gm.graph.nodes]
     if guarded:
-        graph_pass.RoundingGuard(("cpu",))(gm.graph)
+        graph_pass.CastGuard(("cpu",))(gm.graph)
     assert rule.apply(gm.graph) == (0 if guarded else 1)
     graph_pass.FusionPass(("cpu",))(gm.graph)
     assert ([node.target for node in gm.graph.nodes] == before) == guarded
@@ -117,5 +117,5 @@ def test_which_casts_to_bytes_are_hidden(name):
         "another device": mx_byte,
     }[name]
     gm = decomposed(fn, torch.ones(4, 32))
-    found = rounding.exponents(gm.graph, ("cuda",) if name == "another device" else ("cpu",))
+    found = hidden_casts.exponents(gm.graph, ("cuda",) if name == "another device" else ("cpu",))
     assert len(found) == (1 if name == "shift" else 0)
