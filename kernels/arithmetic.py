@@ -155,10 +155,10 @@ else:
 
     @triton.jit
     def widened_after(x, y):
-        """As :func:`widened`, but no sooner than the f32 y >= 0, which broadcasts against x, is there.
+        """As :func:`widened`, but no sooner than the f32 y >= 0, which broadcasts against x, is there; anything beside a NaN.
 
-        What is widened once is kept in registers of 32 bits until its last use. So each use that waits for a sum or a maximum
-        widens anew, by instructions in which the sign of y, zero, takes part: the compiler neither knows nor finds that out.
+        What is widened once is kept in registers of 32 bits until its last use. So a use that waits for a sum widens anew, by
+        instructions in which the sign of y, zero, takes part: the compiler neither knows nor finds that out.
         """
         sign = y.to(tl.uint32, bitcast=True) >> 31
         if x.dtype == tl.bfloat16:
