@@ -131,34 +131,28 @@ def measure(cell: Cell, names: Sequence[str], copy: float, device: str) -> Resul
 def _attempt(
     name: str, case: Case, buffers: list[Any], expected: Any, result: Result, short: dict[str, Callable[[], float]]
 ) -> None:
+    """Time a contestant; what takes less than 20 us is kept in ``short``, to be timed again in turns with the others."""
     try:
-        _time(name, case, buffers, expected, result, short)
+        for contestant, run in _runs(name, case, buffers, expected, result).items():
+            replay = timed(run, buffers)
+            result.times[contestant] = median(replay)
+            if result.times[contestant] < _SHORT_US:
+                short[contestant] = replay
     except Exception as error:
         result.errors[name] = _first_line(error)
 
 
-def _time(
-    name: str, case: Case, buffers: list[Any], expected: Any, result: Result, short: dict[str, Callable[[], float]]
-) -> None:
-    """Time a contestant; what takes less than 20 us is kept in ``short``, to be timed again in turns with the others."""
+def _runs(name: str, case: Case, buffers: list[Any], expected: Any, result: Result) -> dict[str, Callable[..., Any]]:
+    """What is timed for a contestant of the command line: itself, or each of its libraries."""
     if name == BARE:
-        fastest = min(bare.candidates(case), key=lambda run: microseconds(run, buffers))
-        _keep(name, timed(fastest, buffers), result, short)
-    elif name == EAGER:
-        result.times[name] = microseconds(case.run, buffers)
-    elif name == "rivals":
-        for library, kernel in contestants.rivals(case, buffers[0]).items():
-            result.times[library] = microseconds(kernel, buffers)
-    else:
-        fn = contestants.compiled(name, case, buffers[0])
-        result.differ[name], result.elements = differing(fn(*buffers[0]), expected)
-        _keep(name, timed(fn, buffers), result, short)
-
-
-def _keep(name: str, replay: Callable[[], float], result: Result, short: dict[str, Callable[[], float]]) -> None:
-    result.times[name] = median(replay)
-    if result.times[name] < _SHORT_US:
-        short[name] = replay
+        return {name: min(bare.candidates(case), key=lambda run: microseconds(run, buffers))}
+    if name == EAGER:
+        return {name: case.run}
+    if name == "rivals":
+        return contestants.rivals(case, buffers[0])
+    fn = contestants.compiled(name, case, buffers[0])
+    result.differ[name], result.elements = differing(fn(*buffers[0]), expected)
+    return {name: fn}
 
 
 def _first_line(error: Exception) -> str:

@@ -49,7 +49,8 @@ def timed(fn: Callable[..., Any], buffers: Sequence[tuple[Any, ...]]) -> Callabl
     A graph holds at least 20 calls, or where they are long (0.5 ms on the GPU) one per buffer. The clock is up already.
     """
     if buffers[0][0].device.type != "cuda":
-        return lambda: _on_the_wall(fn, buffers)
+        wall = _on_the_wall(fn, buffers)
+        return lambda: wall
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):

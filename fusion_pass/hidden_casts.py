@@ -46,13 +46,13 @@ def hide(graph: fx.Graph, casts: Collection[fx.Node]) -> None:
 
 
 def hidden(graph: fx.Graph) -> list[fx.Node]:
-    """The casts that :func:`hide` renamed."""
+    """The casts that :func:`hide` renamed, or that a trace without decompositions has."""
     copies = graph.find_nodes(op="call_function", target=aten._to_copy.default)
     return [node for node in copies if set(node.kwargs) == {"dtype"}]
 
 
 def show(casts: Collection[fx.Node]) -> None:
-    """Spell hidden casts as Inductor expects them after its decompositions."""
+    """Spell such casts as Inductor expects them after its decompositions."""
     for node in casts:
         node.target = prims.convert_element_type.default
         node.args = (node.args[0], node.kwargs["dtype"])

@@ -12,12 +12,12 @@ from typing import Any
 import torch
 from torch import fx
 
-from . import distances, inductor
+from . import distances, hidden_casts, inductor
 from .cast_transpose import CastTransposeSpec
 from .failures import during
 from .kernels import cast_transpose
 from .kernels.launch import finish, launch_into_buffers, written
-from .patterns.values import aten, prims, tensor
+from .patterns.values import aten, tensor
 from .sites import FusedSite
 
 _KERNEL_DEVICES = ("cuda",)
@@ -80,6 +80,7 @@ def _trace(graph: fx.Graph, site: FusedSite, inputs: Sequence[fx.Node | None]) -
     with inductor.fake_mode_of(graph):
         module = inductor.make_fx(run)(*values)
     module.graph.eliminate_dead_code()
+    hidden_casts.show(hidden_casts.hidden(module.graph))
     return module  # type: ignore[no-any-return]
 
 
@@ -106,7 +107,6 @@ def _splice(graph: fx.Graph, site: FusedSite, inputs: Sequence[fx.Node | None], 
         else:
             with graph.inserting_before(op):
                 copy = graph.node_copy(node, copies.__getitem__)
-            _spell_for_inductor(copy)
             copy.meta["stack_trace"] = op.meta.get("stack_trace")
             copies[node] = copy
     distances.note(site, next(copy for copy in copies.values() if copy.target is aten.empty.memory_format))
@@ -114,13 +114,3 @@ def _splice(graph: fx.Graph, site: FusedSite, inputs: Sequence[fx.Node | None], 
         getter.replace_all_uses_with(outputs[getter.args[1]])  # type: ignore[index]
         graph.erase_node(getter)
     graph.erase_node(op)
-
-
-def _spell_for_inductor(node: fx.Node) -> None:
-    """After Inductor's decompositions there are no implicit casts, and allocations say their layout."""
-    if node.target is aten._to_copy.default and set(node.kwargs) == {"dtype"}:
-        node.target, node.args, node.kwargs = (
-            prims.convert_element_type.default,
-            (node.args[0], node.kwargs["dtype"]),
-            {},
-        )

@@ -76,7 +76,6 @@ def _every_amax(dtype: torch.dtype) -> torch.Tensor:
     return torch.cat([amaxes[~amaxes.isnan()], torch.tensor([torch.nan], device="cpu")])
 
 
-@cache
 def int8_needs_no_bounds(spec: FusedSpec, input_dtype: torch.dtype) -> bool:
     """Whether no value exceeds int8 codes where the factor is positive and finite, and all codes are zero where it is not."""
     quantizer, dtype = spec.quantizer, _value_dtype(spec, input_dtype)

@@ -265,8 +265,8 @@ def summed(x, other, sum_ptr, out_at, mask, PROLOGUE: tl.constexpr):
 def norm_factor(
     x, M, N: tl.constexpr, GROUP: tl.constexpr, WARPS: tl.constexpr, VECTOR: tl.constexpr, PROLOGUE: tl.constexpr
 ):
-    """What a norm multiplies each row of a f32 tile of whole rows with, see :func:`root_factor`."""
-    mean = mean_of_squares(sum_of_squares(x, GROUP, N, WARPS, VECTOR), M, N, named(PROLOGUE, "mean"))
+    """What a norm multiplies each row of a tile of whole rows with, see :func:`root_factor`."""
+    mean = mean_of_squares(sum_of_squares(widened(x), GROUP, N, WARPS, VECTOR), M, N, named(PROLOGUE, "mean"))
     return root_factor(mean + named(PROLOGUE, "eps"), PROLOGUE)
 
 
@@ -274,12 +274,12 @@ def norm_factor(
 def value_of(x, factor, weight, other, OF: tl.constexpr, PROLOGUE: tl.constexpr):
     """What is quantized, in 16 bits if it was rounded to them last, else in float32.
 
-    x is what was read, for a norm in float32 and with its residual; ``factor`` is the norm's.
+    x is what was read, for a norm with its residual, in 16 bits or in float32; ``factor`` is the norm's.
     """
     KIND: tl.constexpr = named(PROLOGUE, "kind")
     if KIND == "norm":
         GATE: tl.constexpr = named(PROLOGUE, "gate")
-        x = normalized(x, factor, weight, PROLOGUE)
+        x = normalized(widened(x), factor, weight, PROLOGUE)
         if GATE is not None:
             gate = widened(other)
             if GATE == "silu":
@@ -290,46 +290,6 @@ def value_of(x, factor, weight, other, OF: tl.constexpr, PROLOGUE: tl.constexpr)
     if KIND == "gated":
         x = gated_activation(widened(x), other, OF, PROLOGUE)
     return x
-
-
-@triton.jit
-def prologue_value(
-    x,
-    weight,
-    weight_ptr,
-    columns,
-    inside,
-    other_ptr,
-    sum_ptr,
-    other_at,
-    out_at,
-    mask,
-    M,
-    N: tl.constexpr,
-    GROUP: tl.constexpr,
-    WARPS: tl.constexpr,
-    VECTOR: tl.constexpr,
-    NARROW: tl.constexpr,
-    ESTIMATES: tl.constexpr,
-    PROLOGUE: tl.constexpr,
-):
-    """What is quantized of a tile x of (rows, groups, lanes), see :func:`value_of`.
-
-    A norm's tile is of whole rows; its residual sum is stored.
-    """
-    KIND: tl.constexpr = named(PROLOGUE, "kind")
-    OF: tl.constexpr = x.dtype if ESTIMATES else tl.float32
-    residual = load_at(other_ptr if adds_residual(PROLOGUE, other_ptr) else None, other_at, mask)
-    x = summed(x, residual, sum_ptr, out_at, mask, PROLOGUE)
-    factor = None
-    if KIND == "norm":
-        wide = widened(x)
-        factor = norm_factor(wide, M, N, GROUP, WARPS, VECTOR, PROLOGUE)
-        x = widened_after(x, factor) if NARROW else wide
-        if weight is None and weight_ptr is not None:
-            weight = load(weight_ptr + columns, inside)
-    other = load_at(None if adds_residual(PROLOGUE, other_ptr) else other_ptr, other_at, mask)
-    return value_of(x, factor, weight, other, OF, PROLOGUE)
 
 
 @triton.jit
@@ -481,26 +441,20 @@ def fused_quant_kernel(
     if given_ptr is not None and not LATE_WEIGHT:
         given = tl.load(given_ptr).to(tl.float32)
     weight = load_at(None if LATE_WEIGHT else weight_ptr, columns, inside)
-    x = prologue_value(
-        x,
-        weight,
-        weight_ptr,
-        columns,
-        inside,
-        other_ptr,
-        sum_ptr,
-        rows * other_stride + columns if other_ptr is not None else columns,
-        rows * N + columns,
-        mask,
-        M,
-        N,
-        GROUP,
-        WARPS,
-        VECTOR,
-        NARROW,
-        ESTIMATES,
-        PROLOGUE,
-    )
+    OF: tl.constexpr = x.dtype if ESTIMATES else tl.float32
+    ADDS: tl.constexpr = adds_residual(PROLOGUE, other_ptr)
+    other_at = rows * other_stride + columns if other_ptr is not None else columns
+    residual = load_at(other_ptr if ADDS else None, other_at, mask)
+    x = summed(x, residual, sum_ptr, rows * N + columns, mask, PROLOGUE)
+    factor = None
+    if named(PROLOGUE, "kind") == "norm":
+        factor = norm_factor(x, M, N, GROUP, WARPS, VECTOR, PROLOGUE)
+        if NARROW:
+            x = widened_after(x, factor)
+        if LATE_WEIGHT:
+            weight = load_at(weight_ptr, columns, inside)
+    other = load_at(None if ADDS else other_ptr, other_at, mask)
+    x = value_of(x, factor, weight, other, OF, PROLOGUE)
     if PEAK == "store":
         x = widened(x)
         if mask is not None:

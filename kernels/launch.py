@@ -87,7 +87,6 @@ def launch_into_buffers(
 ) -> list[torch.Tensor]:
     """As :func:`launch`, returning the buffers it allocated; ``wrap`` is applied to a kernel before each launch."""
     spec = with_cheaper_scales(spec, x.dtype)
-    unbounded = int8_needs_no_bounds(spec, x.dtype)
     x, x_stride = rows_of(x)
     other, other_stride = (None, None) if other is None else rows_of(other)
     config = configure(spec, x.shape[-1], x.numel() // x.shape[-1])
@@ -108,7 +107,7 @@ def launch_into_buffers(
         "ESTIMATES": _takes_estimates(spec, x),
         "PEAK": _peak(spec, config),
         **division,
-        **constants(spec, unbounded),
+        **constants(spec, x.dtype),
         "num_warps": config.warps,
     }
     if config.parts > 1:
@@ -304,11 +303,11 @@ def overflow(quantizer: Quantizer) -> int | None:
 
 
 @cache
-def constants(spec: FusedSpec, unbounded: bool) -> dict[str, Any]:
-    """The compile-time arguments that follow from the spec, and from whether int8 codes need no bounds."""
+def constants(spec: FusedSpec, input_dtype: torch.dtype) -> dict[str, Any]:
+    """The compile-time arguments that follow from the spec and from what x is of."""
     return {
         "PROLOGUE": json.dumps(_prologue_constants(spec)),
-        **quantizer_constants(spec.quantizer, unbounded),
+        **quantizer_constants(spec.quantizer, int8_needs_no_bounds(spec, input_dtype)),
         "LAYOUT": spec.layout.value,
     }
 

@@ -117,8 +117,9 @@ def _tiles(spec: FusedSpec, row: int, groups: int, lanes: int, amount: Amount) -
 
 def _large_tile(spec: FusedSpec, row: int, lanes: int, amount: Amount) -> int | None:
     """How many gated values of many rows a program takes, where more than the usual were faster."""
-    gated = isinstance(spec.prologue, GatedActivation) and spec.quantizer.group is not None
-    if not gated or amount is not Amount.MANY or spec.layout is ScaleLayout.PACKED:
+    if not isinstance(spec.prologue, GatedActivation) or spec.quantizer.group is None:
+        return None
+    if amount is not Amount.MANY or spec.layout is ScaleLayout.PACKED:
         return None
     if _is_gelu(spec.prologue):
         values = 2 * _TILE_VALUES
@@ -128,8 +129,8 @@ def _large_tile(spec: FusedSpec, row: int, lanes: int, amount: Amount) -> int | 
     return values if filled and (lanes >= 128 or spec.layout is ScaleLayout.BLOCKED) else None
 
 
-def _is_gelu(prologue: Any) -> bool:
-    return isinstance(prologue, GatedActivation) and prologue.activation in (Activation.GELU, Activation.GELU_TANH)
+def _is_gelu(prologue: GatedActivation) -> bool:
+    return prologue.activation in (Activation.GELU, Activation.GELU_TANH)
 
 
 def _many_norms(spec: FusedSpec, row: int, rows: int, groups: int, lanes: int) -> LaunchConfig:

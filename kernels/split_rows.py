@@ -7,7 +7,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .arithmetic import amax, cast, named, whole_amax, widened
+from .arithmetic import amax, cast, named, whole_amax
 from .fused_quant import (
     adds_residual,
     inside_row,
@@ -90,17 +90,13 @@ def fused_quant_split_kernel(
     whole = summed(row_x, row_other, None, None, None, PROLOGUE)
     factor = None
     if named(PROLOGUE, "kind") == "norm":
-        whole = widened(whole)
         factor = norm_factor(whole, M, N, GROUP, WARPS, VECTOR, PROLOGUE)
     peak = None
     if PEAK == "row":
         peak = amax(whole_amax(value_of(whole, factor, row_weight, row_other, OF, PROLOGUE), WARPS, VECTOR), 1)
 
     at = row * N + columns
-    x = summed(x, other, sum_ptr, at, mask, PROLOGUE)
-    if named(PROLOGUE, "kind") == "norm":
-        x = widened(x)
-    value = value_of(x, factor, weight, other, OF, PROLOGUE)
+    value = value_of(summed(x, other, sum_ptr, at, mask, PROLOGUE), factor, weight, other, OF, PROLOGUE)
     if value_ptr is not None:
         tl.store(value_ptr + at, cast(value, value_ptr.dtype.element_ty), mask)
     store_quantized(

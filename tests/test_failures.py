@@ -16,6 +16,7 @@ from fusion_pass import (
     backends,
     cost,
     debug,
+    distances,
     failures,
     fake_device,
     floats,
@@ -124,7 +125,7 @@ FAULTS = [
     ("lower", graph_pass, "lower", 0),
     ("lower", lower, "_trace", 1),
     ("lower", lower, "_splice", 1),
-    ("lower", lower, "_spell_for_inductor", 5),
+    ("lower", distances, "note", 1),
     ("lower", lower, "launch_into_buffers", 1),
 ]
 
