@@ -95,6 +95,29 @@ def int8_needs_no_bounds(spec: FusedSpec, input_dtype: torch.dtype) -> bool:
     return True
 
 
+@cache
+def f16_has_factors(quantizer: Quantizer) -> bool:
+    """Whether FP4 codes of float16 values are the same if factors are 2^-10 of what they were, in float16 and at most 65504.
+
+    Float16 has 40 powers of two, and its amaxes have 41 factors. Next to the last, 2^15, the greatest float16 differs from 2^16
+    by less than a code's last bit from its next; of an infinite amax, finite values are zero by any factor.
+    """
+    if not _of_amaxes_of_16_bits(quantizer, torch.float16) or quantizer.divides:
+        return False
+    largest = torch.finfo(torch.float16).max
+    with real_tensors():
+        amaxes = _every_amax(torch.float16)
+        for factor, *_ in _whatever_the_error(quantizer, amaxes):
+            held = (factor * 2.0**-10).clamp(max=largest).half().float()
+            same = held == factor * 2.0**-10
+            least = (amaxes <= 2.0**-24) & (factor <= 2.0**26)
+            zero = (held == 0) & (amaxes.clamp(max=largest) * factor <= 0.25)
+            held_well = same | least | zero | (amaxes == 0) & factor.isfinite()
+            if not (factor.isnan() | (factor > 0) & held_well).all():
+                return False
+    return True
+
+
 def _of_amaxes_of_16_bits(quantizer: Quantizer, dtype: torch.dtype) -> bool:
     return dtype in (torch.bfloat16, torch.float16) and all(term.leaves() == {"amax"} for term in _terms(quantizer))
 
@@ -136,12 +159,17 @@ def _whatever_the_error(quantizer: Quantizer, amaxes: torch.Tensor) -> list[list
 
 
 def _is_worth(candidate: Quantizer, amaxes: torch.Tensor, wanted: list[list[torch.Tensor]]) -> bool:
-    found = _worth(candidate, amaxes)
-    return all(_same(value, other) for value, *others in zip(found, *wanted, strict=True) for other in others)
+    """Whether the terms are worth that; a factor that is not returned as the scale is of no matter to values that are all zero."""
+    zero = (amaxes == 0) & (candidate.scale is not None and not candidate.divides)
+    for found, *others in zip(_worth(candidate, amaxes), *wanted, strict=True):
+        if not all(_same(found, other, zero & found.isfinite() & other.isfinite()) for other in others):
+            return False
+        zero = torch.zeros_like(zero)
+    return True
 
 
-def _same(a: torch.Tensor, b: torch.Tensor) -> bool:
-    return torch.equal(a.isnan(), b.isnan()) and bool(((a == b) | a.isnan()).all())
+def _same(a: torch.Tensor, b: torch.Tensor, but: torch.Tensor) -> bool:
+    return torch.equal(a.isnan(), b.isnan()) and bool(((a == b) | a.isnan() | but).all())
 
 
 def _worth(quantizer: Quantizer, amaxes: torch.Tensor, nudge: float | None = None) -> Iterator[torch.Tensor]:

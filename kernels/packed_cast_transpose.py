@@ -28,27 +28,6 @@ WARPS = 4
 BLOCK = 32
 
 
-@triton.jit
-def larger_half(magnitudes, F16: tl.constexpr):
-    """The greater magnitude of each pair, as an int32 in which these are ordered; see :func:`of_half`."""
-    if F16:
-        larger = tl.maximum(magnitudes & 0xFFFF, magnitudes >> 16)
-    else:
-        # Where f32 has the bits of a bf16.
-        larger = tl.maximum(magnitudes & -65536, magnitudes << 16)
-    return larger
-
-
-@triton.jit
-def of_half(larger, F16: tl.constexpr):
-    """What :func:`larger_half` stands for, in float32."""
-    if F16:
-        value = low(larger, F16)
-    else:
-        value = larger.to(tl.float32, bitcast=True)
-    return value
-
-
 # Triton's interpreter runs no PTX: there the same by Triton's own operations. Docstrings are with the PTX.
 if INTERPRETED:
 
@@ -59,8 +38,17 @@ if INTERPRETED:
         return (first.to(tl.int32) | (second.to(tl.int32) << 16)).to(tl.int32)
 
     @triton.jit
+    def without_signs(pairs, F16: tl.constexpr):
+        return pairs & 0x7FFF7FFF
+
+    @triton.jit
     def largest(magnitudes, AXIS: tl.constexpr, F16: tl.constexpr):
         return tl.max(magnitudes & 0xFFFF, AXIS) | (tl.max(magnitudes >> 16, AXIS) << 16)
+
+    @triton.jit
+    def larger_halves(first, second, F16: tl.constexpr):
+        first = tl.maximum(first & 0xFFFF, first >> 16)
+        return first | (tl.maximum(second & 0xFFFF, second >> 16) << 16)
 
     @triton.jit
     def fp8_byte(x, dtype: tl.constexpr):
@@ -73,12 +61,15 @@ if INTERPRETED:
         return fp8_byte(first, dtype) | (fp8_byte(second, dtype) << 8)
 
     @triton.jit
-    def e2m1_pair(pair, first, second, F16: tl.constexpr, CODES: tl.constexpr):
+    def e2m1_four(a, b, first, second, F16: tl.constexpr, CODES: tl.constexpr):
         TIES: tl.constexpr = named(CODES, "ties")
         SIGN: tl.constexpr = named(CODES, "sign")
         NAN_CODE: tl.constexpr = named(CODES, "nan_code")
-        low_code = e2m1_code(low(pair, F16) * first, TIES, SIGN, NAN_CODE)
-        return low_code | (e2m1_code(high(pair, F16) * second, TIES, SIGN, NAN_CODE) << 16)
+        lows = e2m1_code(low(a, F16) * first, TIES, SIGN, NAN_CODE)
+        lows |= e2m1_code(low(b, F16) * first, TIES, SIGN, NAN_CODE) << 8
+        highs = e2m1_code(high(a, F16) * second, TIES, SIGN, NAN_CODE)
+        highs |= e2m1_code(high(b, F16) * second, TIES, SIGN, NAN_CODE) << 8
+        return lows | (highs << 16)
 
 else:
 
@@ -89,6 +80,12 @@ else:
         return tl.inline_asm_elementwise(
             "mov.b32 $0, {$1, $2};", "=r,h,h", [first, second], tl.int32, is_pure=True, pack=1
         )
+
+    @triton.jit
+    def without_signs(pairs, F16: tl.constexpr):
+        """The magnitudes of pairs, which of f16 is no instruction of its own."""
+        KIND: tl.constexpr = "f16x2" if F16 else "bf16x2"
+        return tl.inline_asm_elementwise("abs." + KIND + " $0, $1;", "=r,r", [pairs], tl.int32, is_pure=True, pack=1)
 
     @triton.jit
     def greater_bf16(a, b):
@@ -110,6 +107,21 @@ else:
         return found
 
     @triton.jit
+    def larger_halves(first, second, F16: tl.constexpr):
+        """The greater value of each of two pairs, as a pair; NaN if either is."""
+        KIND: tl.constexpr = "f16x2" if F16 else "bf16x2"
+        return tl.inline_asm_elementwise(
+            "{ .reg .b32 a, b; prmt.b32 a, $1, $2, 0x5410; prmt.b32 b, $1, $2, 0x7632; max.NaN."
+            + KIND
+            + " $0, a, b; }",
+            "=r,r,r",
+            [first, second],
+            tl.int32,
+            is_pure=True,
+            pack=1,
+        )
+
+    @triton.jit
     def fp8_pair(first, second, dtype: tl.constexpr):
         """The codes of two f32 tiles, the first in the low byte; PTX takes the one for the high byte first."""
         FORMAT: tl.constexpr = "e4m3x2" if dtype == tl.float8e4nv else "e5m2x2"
@@ -123,88 +135,77 @@ else:
         )
 
     @triton.jit
-    def e2m1_pair(pair, first, second, F16: tl.constexpr, CODES: tl.constexpr):
-        """The E2M1 codes of a pair times two powers of two, each in the low bits of its half, plus :func:`surplus`."""
+    def e2m1_four(a, b, first, second, F16: tl.constexpr, CODES: tl.constexpr):
+        """The E2M1 codes of two pairs times two powers of two, as bytes: those of ``a``'s and ``b``'s first values, then of their second."""
         TIES: tl.constexpr = named(CODES, "ties")
         SIGN: tl.constexpr = named(CODES, "sign")
+        NAN_CODE: tl.constexpr = named(CODES, "nan_code")
         if TIES == "even":
             tl.static_assert(SIGN == "kept")
-            code = e2m1_to_even(pair, first, second, F16, named(CODES, "nan_code"))
+            codes = e2m1_to_even(a, b, first, second, F16, NAN_CODE)
         else:
-            a = low(pair, F16) * first
-            b = high(pair, F16) * second
-            if SIGN == "negative":
-                # A zero product keeps no sign.
-                a += 0.0
-                b += 0.0
             # More bits than a bf16 has would be rounded among the subnormal values.
             tl.static_assert(not F16)
-            code = e2m1_by_subnormals(a, b, TIES, named(CODES, "nan_code"))
-        return code
-
-    @triton.constexpr_function
-    def to_even(f16, nan_code):
-        """The PTX of :func:`e2m1_to_even`."""
-        if f16:
-            kind, minus_one, half, one, two, four, zero = "f16x2", "bc00", "3800", "3c00", "4000", "4400", "64"
-            scaled = "cvt.rn.f16x2.f32 v, $2, $1;"
-        else:
-            kind, minus_one, half, one, two, four, zero = "bf16x2", "bf80", "3f00", "3f80", "4000", "4080", "43"
-            # A product is a sum with -0.
-            scaled = "mov.b32 k, 0x80008000; fma.rn.bf16x2 v, $1, $2, k;"
-        # The third line is at least 4, which a maximum gives in place of NaN.
-        keep = "" if nan_code == 7 else f"max.{kind} c, c, l;"
-        return f"""
-            {{
-                .reg .b32 v, m, a, b, c, s, k, l;
-                {scaled}
-                abs.{kind} m, v;
-                mov.b32 k, 0x{two}{two};
-                mov.b32 l, 0x{zero}04{zero}04;
-                fma.rn.{kind} a, m, k, l;
-                mov.b32 k, 0x{one}{one};
-                mov.b32 l, 0x{zero}06{zero}06;
-                fma.rn.{kind} b, m, k, l;
-                mov.b32 k, 0x{half}{half};
-                mov.b32 l, 0x{zero}08{zero}08;
-                fma.rn.{kind} c, m, k, l;
-                {keep}
-                mov.b32 k, 0x{zero}0b{zero}0b;
-                min.{kind} a, a, b;
-                min.{kind} c, c, k;
-                min.{kind} a, a, c;
-                lop3.b32 s, v, 0x80008000, 0x{four}{four}, 0xea;
-                mov.b32 k, 0x{minus_one}{minus_one};
-                fma.rn.{kind} $0, s, k, a;
-            }}
-        """
+            codes = e2m1_by_subnormals(low(a, F16) * first, high(a, F16) * second, TIES, SIGN, NAN_CODE)
+            codes += e2m1_by_subnormals(low(b, F16) * first, high(b, F16) * second, TIES, SIGN, NAN_CODE) * 256
+        return codes
 
     @triton.jit
-    def e2m1_to_even(pair, first, second, F16: tl.constexpr, NAN_CODE: tl.constexpr):
-        """The codes next to a pair times two powers of two, halves to even, signs kept.
+    def joined(first, second, F16: tl.constexpr):
+        """Two f32 tiles as pairs of f16 or bf16, at most the largest finite one."""
+        KIND: tl.constexpr = "f16x2" if F16 else "bf16x2"
+        return tl.inline_asm_elementwise(
+            "cvt.rn.satfinite." + KIND + ".f32 $0, $2, $1;", "=r,f,f", [first, second], tl.int32, is_pure=True, pack=1
+        )
+
+    @triton.jit
+    def e2m1_to_even(a, b, first, second, F16: tl.constexpr, NAN_CODE: tl.constexpr):
+        """The codes next to pairs times two powers of two, halves to even, signs kept; NaN has none.
 
         A code is the integer next to the least of 2v, v + 2 and v / 2 + 4, at most 7: the three lines meet where the step
-        between E2M1 values doubles. Sums of 128 or more in bf16, and of 1024 or more in f16, are rounded to an integer, halves
-        to even, and an fma rounds once. A factor may be more than f16 holds; products are rounded where they are next to zero.
-
-        The lines are computed with 4 more, and 4 with the sign of v is taken from the least, which leaves 8 of negative ones: by
-        the pipe of multiplications, where shifts and masks of the sign would wait for that of integers.
+        between E2M1 values doubles. An fma rounds once, halves to even; where values have a step of one last bit the low bits are
+        the code. In bf16 that is from 32 on, in steps of 1/4. In f16 it is among the subnormal values; v is 2^-10 of what it
+        was, so that f16 has every factor, see :func:`fusion_pass.kernels.cheaper_scales.f16_has_factors`.
         """
         tl.static_assert(NAN_CODE == 7 or NAN_CODE == 4)
         if F16:
-            a = low(pair, F16) * first
-            b = high(pair, F16) * second
-            code = tl.inline_asm_elementwise(to_even(F16, NAN_CODE), "=r,f,f", [a, b], tl.int32, is_pure=True, pack=1)
+            first *= 2.0**-10
+            second *= 2.0**-10
+        return tl.inline_asm_elementwise(
+            to_even(F16, NAN_CODE), "=r,r,r,r", [a, b, joined(first, second, F16)], tl.int32, is_pure=True, pack=1
+        )
+
+    @triton.constexpr_function
+    def to_even(f16, nan_code):
+        """The PTX of :func:`e2m1_to_even`; what follows from factors alone is computed once for all pairs that have them."""
+        if f16:
+            kind, slopes, least, most = "f16x2", ["0800", "0400", "0200"], ["0000", "0002", "0004"], "0007"
         else:
-            factors = ((first.to(tl.int32, bitcast=True) >> 16) & 0xFFFF) | (second.to(tl.int32, bitcast=True) & -65536)
-            code = tl.inline_asm_elementwise(
-                to_even(F16, NAN_CODE), "=r,r,r", [pair, factors], tl.int32, is_pure=True, pack=1
-            )
-        return code
+            kind, slopes, least, most = "bf16x2", ["4000", "3f80", "3f00"], ["4300", "4302", "4304"], "4307"
+        lost = 0 if nan_code == 7 else 0x00030003
+        ptx = "{ .reg .b32 a0, a1, a2, b0, b1, b2, v, w, m, n, z, k, l, most, signs;"
+        ptx += f"mov.b32 z, 0; fma.rn.{kind} n, $3, z, z;"
+        ptx += f"mov.b32 most, 0x{most * 2}; mov.b32 k, {lost}; lop3.b32 most, n, k, most, 0x2a;"
+        for name, pair, value in [("a", "$1", "v"), ("b", "$2", "w")]:
+            if f16:
+                ptx += f"abs.{kind} m, {pair}; fma.rn.{kind} m, m, $3, z;"
+            else:
+                ptx += f"mov.b32 k, 0x80008000; fma.rn.{kind} {value}, {pair}, $3, k; abs.{kind} m, {value};"
+            for i in range(3):
+                ptx += f"mov.b32 k, 0x{slopes[i] * 2}; mov.b32 l, 0x{least[i] * 2}; fma.rn.{kind} {name}{i}, m, k, l;"
+            ptx += f"min.{kind} {name}2, {name}2, most;"
+            ptx += f"min.{kind} {name}0, {name}0, {name}1; min.{kind} {name}0, {name}0, {name}2;"
+        if f16:
+            # Signs of the values, as zero times infinity has none; but of products with NaN, which have none.
+            ptx += "not.b32 n, n; and.b32 signs, n, 0x08080808;"
+            ptx += "mad.lo.u32 a0, b0, 256, a0; prmt.b32 m, $1, $2, 0xfbd9; lop3.b32 $0, m, signs, a0, 0xea; }"
+        else:
+            ptx += "prmt.b32 a0, a0, b0, 0x6240; prmt.b32 m, v, w, 0xfbd9; lop3.b32 $0, m, 0x08080808, a0, 0xea; }"
+        return ptx
 
     @triton.jit
-    def e2m1_by_subnormals(a, b, TIES: tl.constexpr, NAN_CODE: tl.constexpr):
-        """The codes next to pairs of f32 with no more bits than a bf16, halves away from zero or towards it, signs kept.
+    def e2m1_by_subnormals(a, b, TIES: tl.constexpr, SIGN: tl.constexpr, NAN_CODE: tl.constexpr):
+        """The codes next to pairs of f32 with no more bits than a bf16, each in the low bits of its half, halves away from zero or towards it.
 
         In f16 times 2^-14, the values below 1 are subnormal as in E2M1, so that rounding is an addition to the bits; a NaN that min
         keeps becomes 0 there.
@@ -212,9 +213,11 @@ else:
         HALF: tl.constexpr = 0x01000100 if TIES == "away" else 0x00FF00FF
         tl.static_assert(NAN_CODE == 7 or NAN_CODE == 0)
         MINIMUM: tl.constexpr = "min.f16x2" if NAN_CODE == 7 else "min.NaN.f16x2"
-        value = tl.inline_asm_elementwise(
-            "cvt.rn.f16x2.f32 $0, $2, $1;", "=r,f,f", [a, b], tl.int32, is_pure=True, pack=1
-        )
+        if SIGN == "negative":
+            # A zero product keeps no sign.
+            a += 0.0
+            b += 0.0
+        value = joined(a, b, True)
         bits = tl.inline_asm_elementwise(
             """
             {
@@ -237,17 +240,10 @@ else:
         return (((bits + HALF) >> 9) & 0x00070007) | ((value >> 12) & 0x00080008)
 
 
-@triton.constexpr_function
-def surplus(ties, f16, factor):
-    """What a sum of codes by :func:`e2m1_pair` has in it that is none, where their weights add up to ``factor``; an int32."""
-    of_one = 0 if INTERPRETED or ties != "even" else 0x64006400 if f16 else 0x43004300
-    return (of_one * factor + 2**31) % 2**32 - 2**31
-
-
 @triton.jit
-def tile_row(index):
+def tile_row(index, WARPS: tl.constexpr):
     """The row of the tile that has an index: of each warp's rows, every thread's 8 are neighbours."""
-    return 32 * (index // 4 % 4) + 8 * (index % 4) + index // 16
+    return 32 * (index // 4 % WARPS) + 8 * (index % 4) + index // (4 * WARPS)
 
 
 @triton.jit
@@ -259,6 +255,7 @@ def quantize_rows(
     M,
     N: tl.constexpr,
     FULL: tl.constexpr,
+    WARPS: tl.constexpr,
     code_ptr,
     scale_ptr,
     LAYOUT: tl.constexpr,
@@ -267,18 +264,21 @@ def quantize_rows(
     F16: tl.constexpr,
     CODES: tl.constexpr,
 ):
-    """Quantize a (128, 32) tile of pairs, 64 columns of x, in blocks of 32 columns."""
-    # Each thread's 8 columns first, then the four threads of a block of 32 columns.
-    in_octet = larger_half(largest(tl.reshape(magnitudes, (128, 8, 4)), 2, F16), F16)
-    peak = of_half(tl.max(tl.reshape(in_octet, (128, 2, 4)), 2), F16)
+    """Quantize a tile of pairs, 64 columns of x, in blocks of 32 columns."""
+    # Each thread's 8 columns first, two of its rows in a pair; then the four threads of a block of 32 columns.
+    R: tl.constexpr = 32 * WARPS
+    octets = largest(tl.reshape(magnitudes, (R, 8, 4)), 2, F16)
+    upper, lower = tl.split(tl.permute(tl.reshape(octets, (2, R // 2, 8)), (1, 2, 0)))
+    peaks = largest(tl.reshape(larger_halves(upper, lower, F16), (R // 2, 2, 4)), 2, F16)
+    peak = tl.reshape(tl.permute(tl.join(low(peaks, F16), high(peaks, F16)), (2, 0, 1)), (R, 2))
     factor, scale = evaluate(peak, tl.full(peak.shape, 0.0, tl.float32), PROGRAM)
-    rows = tile_row(tl.arange(0, 128))[:, None]
+    rows = tile_row(tl.arange(0, R), WARPS)[:, None]
     groups = first_column // 32 + tl.arange(0, 2)[None, :]
     present = first_row + rows < M
     at = block_scale_address(first_row + rows, groups, M, N // 32, LAYOUT)
     inside = None if FULL else present & (groups < N // 32)
     tl.store(scale_ptr + at, cast(scale, scale_ptr.dtype.element_ty), inside)
-    first, second = tl.split(tl.reshape(pairs, (128, 2, 8, 2)))
+    first, second = tl.split(tl.reshape(pairs, (R, 2, 8, 2)))
     f = factor[:, :, None]
     # Two pairs make 4 bytes, or of FP4 codes 2. A tile's first address is that of the matrix plus those of the tile.
     quads = tl.arange(0, 16)[None, :]
@@ -293,22 +293,21 @@ def quantize_rows(
         corner = code_ptr.to(tl.pointer_type(tl.int32), bitcast=True)
     else:
         # Codes at bits 0, 16, 8 and 24; by 12 further down, the second and fourth are at 4 and 12.
-        spread = e2m1_pair(first, f, f, F16, CODES) + e2m1_pair(second, f, f, F16, CODES) * 256
-        spread -= surplus(named(CODES, "ties"), F16, 257)
+        spread = e2m1_four(first, second, f, f, F16, CODES)
         code = (spread + (spread >> 12)).to(tl.int16)
         corner = code_ptr.to(tl.pointer_type(tl.int16), bitcast=True)
     corner += code_address(first_row, first_column // 4, N // 4, SHUFFLED, UNIT)
-    tl.store(corner + code_address(rows, quads, N // 4, SHUFFLED, UNIT), tl.reshape(code, (128, 16)), inside)
+    tl.store(corner + code_address(rows, quads, N // 4, SHUFFLED, UNIT), tl.reshape(code, (R, 16)), inside)
 
 
 @triton.jit
-def four_rows(pairs):
-    """A (128, 32) tile as the pairs of four neighbouring rows, each (block, thread, pair, half of the thread's rows).
+def four_rows(pairs, WARPS: tl.constexpr):
+    """A tile as the pairs of four neighbouring rows, each (block, thread, pair, half of the thread's rows).
 
-    Undoes :func:`tile_row`: the tile's index is 16 times the row of a thread's 8, plus 4 times the block, plus the thread.
+    Undoes :func:`tile_row`: the tile's index is the row of a thread's 8, then the block, then which of four threads.
     """
-    by_row = tl.permute(tl.reshape(pairs, (8, 4, 4, 32)), (1, 2, 3, 0))
-    even, odd = tl.split(tl.reshape(by_row, (4, 4, 32, 2, 2, 2)))
+    by_row = tl.permute(tl.reshape(pairs, (8, WARPS, 4, 32)), (1, 2, 3, 0))
+    even, odd = tl.split(tl.reshape(by_row, (WARPS, 4, 32, 2, 2, 2)))
     first, third = tl.split(even)
     second, fourth = tl.split(odd)
     return first, second, third, fourth
@@ -323,6 +322,7 @@ def quantize_columns(
     M,
     N: tl.constexpr,
     FULL: tl.constexpr,
+    WARPS: tl.constexpr,
     code_ptr,
     scale_ptr,
     LAYOUT: tl.constexpr,
@@ -331,11 +331,11 @@ def quantize_columns(
     F16: tl.constexpr,
     CODES: tl.constexpr,
 ):
-    """Quantize a (128, 32) tile of pairs, 64 columns of x, in blocks of 32 rows; codes are written as the transpose's."""
-    peaks = largest(largest(tl.reshape(magnitudes, (8, 4, 4, 32)), 0, F16), 1, F16)
+    """Quantize a tile of pairs, 64 columns of x, in blocks of 32 rows; codes are written as the transpose's."""
+    peaks = largest(largest(tl.reshape(magnitudes, (8, WARPS, 4, 32)), 0, F16), 1, F16)
     peak = tl.join(low(peaks, F16), high(peaks, F16))
     factor, scale = evaluate(peak, tl.full(peak.shape, 0.0, tl.float32), PROGRAM)
-    blocks = first_row // 32 + tl.arange(0, 4)[:, None, None]
+    blocks = first_row // 32 + tl.arange(0, WARPS)[:, None, None]
     columns = first_column + 2 * tl.arange(0, 32)[None, :, None] + tl.arange(0, 2)[None, None, :]
     at = block_scale_address(columns, blocks, N, M // 32, LAYOUT)
     inside = None if FULL else (columns < N) & (blocks < M // 32)
@@ -343,7 +343,7 @@ def quantize_columns(
     f, g = tl.split(factor)
     f = f[:, None, :, None]
     g = g[:, None, :, None]
-    a, b, c, d = four_rows(pairs)
+    a, b, c, d = four_rows(pairs, WARPS)
     UNIT: tl.constexpr = 4 if named(CODES, "ties") is None else 2
     if named(CODES, "ties") is None:
         even = fp8_pair(low(a, F16) * f, low(b, F16) * f, code_ptr.dtype.element_ty) | (
@@ -355,14 +355,12 @@ def quantize_columns(
         corner = code_ptr.to(tl.pointer_type(tl.int32), bitcast=True)
     else:
         # The low half has four rows' codes of the even columns, the high half those of the odd ones.
-        both = e2m1_pair(a, f, g, F16, CODES) + e2m1_pair(b, f, g, F16, CODES) * 16
-        both += e2m1_pair(c, f, g, F16, CODES) * 256 + e2m1_pair(d, f, g, F16, CODES) * 4096
-        both -= surplus(named(CODES, "ties"), F16, 4369)
+        both = e2m1_four(a, c, f, g, F16, CODES) + e2m1_four(b, d, f, g, F16, CODES) * 16
         even, odd = both.to(tl.int16), (both >> 16).to(tl.int16)
         corner = code_ptr.to(tl.pointer_type(tl.int16), bitcast=True)
-    code = tl.reshape(tl.permute(tl.join(even, odd), (2, 4, 0, 1, 3)), (64, 32))
+    code = tl.reshape(tl.permute(tl.join(even, odd), (2, 4, 0, 1, 3)), (64, 8 * WARPS))
     column = first_column + tl.arange(0, 64)[:, None]
-    quads = first_row // 4 + tl.arange(0, 32)[None, :]
+    quads = first_row // 4 + tl.arange(0, 8 * WARPS)[None, :]
     inside = None if FULL else (column < N) & (4 * quads < M)
     tl.store(corner + code_address(column, quads, M // 4, SHUFFLED, UNIT), code, inside)
 
@@ -378,6 +376,7 @@ def packed_cast_transpose_kernel(
     x_stride,
     N: tl.constexpr,
     FULL: tl.constexpr,
+    WARPS: tl.constexpr,
     ROW_LAYOUT: tl.constexpr,
     ROW_SHUFFLED: tl.constexpr,
     COLUMN_LAYOUT: tl.constexpr,
@@ -389,12 +388,14 @@ def packed_cast_transpose_kernel(
 
     The grid has strips of tiles, all columns of a strip after another: rows within a strip, columns, strips.
     """
-    first_row = (tl.program_id(2) * tl.num_programs(0) + tl.program_id(0)).to(tl.int64) * 128
+    first_row = (tl.program_id(2) * tl.num_programs(0) + tl.program_id(0)).to(tl.int64) * (32 * WARPS)
     first_column = tl.program_id(1).to(tl.int64) * 64
-    rows = first_row + tile_row(tl.arange(0, 128))[:, None]
-    columns = first_column + tl.arange(0, 64)[None, :]
-    pairs = paired(load(x_ptr + rows * x_stride + columns, None if FULL else (rows < M) & (columns < N)))
-    magnitudes = pairs & 0x7FFF7FFF
+    rows = tile_row(tl.arange(0, 32 * WARPS), WARPS)[:, None]
+    columns = tl.arange(0, 64)[None, :]
+    inside = None if FULL else (first_row + rows < M) & (first_column + columns < N)
+    corner = x_ptr + (first_row * x_stride + first_column)
+    pairs = paired(load(corner + (rows.to(tl.int64) * x_stride + columns), inside))
+    magnitudes = without_signs(pairs, x_ptr.dtype.element_ty == tl.float16)
     quantize_rows(
         pairs,
         magnitudes,
@@ -403,6 +404,7 @@ def packed_cast_transpose_kernel(
         M,
         N,
         FULL,
+        WARPS,
         row_code_ptr,
         row_scale_ptr,
         ROW_LAYOUT,
@@ -419,6 +421,7 @@ def packed_cast_transpose_kernel(
         M,
         N,
         FULL,
+        WARPS,
         column_code_ptr,
         column_scale_ptr,
         COLUMN_LAYOUT,
