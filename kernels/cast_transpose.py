@@ -19,7 +19,7 @@ from fusion_pass.specs import FusedSpec, NoPrologue, Quantizer, Rounding, Sign, 
 from fusion_pass.terms import is_power_of_two
 
 from .arithmetic import amax, cast, named, widened
-from .cheaper_scales import cheaper, f16_has_factors
+from .cheaper_scales import cheaper, pairs_have_factors
 from .fused_quant import load, quantized
 from .launch import as_codes, overflow, quantizer_constants, rows_of, storable
 from .packed_cast_transpose import BLOCK, TILE_COLUMNS, TILE_ROWS, WARPS, packed_cast_transpose_kernel
@@ -167,7 +167,7 @@ def launch_into_buffers(
         strip = math.gcd(tiles, _STRIP) if isinstance(tiles, int) else _STRIP
         grid = (strip, -(-row // TILE_COLUMNS), -(-tiles // strip))
         full = isinstance(count, int) and count % TILE_ROWS == row % TILE_COLUMNS == 0
-        wrap(packed_cast_transpose_kernel)[grid](**arguments, FULL=full, WARPS=WARPS, num_warps=WARPS)
+        wrap(packed_cast_transpose_kernel)[grid](**arguments, FULL=full, num_warps=WARPS)
         return outputs
     tile_rows = max(_TILE_ROWS, spec.quantizer.group)
     wrap(cast_transpose_kernel)[(-(-count // tile_rows), -(-row // _TILE_COLUMNS), 1)](
@@ -201,7 +201,8 @@ def packs(spec: CastTransposeSpec, dtype: torch.dtype) -> bool:
         return known and saturates and quantizer.clamp in (None, torch.finfo(quantizer.code).max)
     if e2m1.ties is Ties.EVEN:
         as_computed = e2m1.sign is Sign.KEPT and e2m1.nan_code in (4, 7)
-        as_computed &= dtype is torch.bfloat16 or f16_has_factors(quantizer)
+        if dtype is torch.float16 or e2m1.nan_code == 4:
+            as_computed = as_computed and pairs_have_factors(quantizer, dtype)
     else:
         as_computed = e2m1.sign in (Sign.KEPT, Sign.NEGATIVE) and e2m1.nan_code in (0, 7) and dtype is torch.bfloat16
     # Codes saturate at 6 whether or not values are clamped.

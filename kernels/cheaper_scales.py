@@ -96,26 +96,33 @@ def int8_needs_no_bounds(spec: FusedSpec, input_dtype: torch.dtype) -> bool:
 
 
 @cache
-def f16_has_factors(quantizer: Quantizer) -> bool:
-    """Whether FP4 codes of float16 values are the same if factors are 2^-10 of what they were, in float16 and at most 65504.
+def pairs_have_factors(quantizer: Quantizer, dtype: torch.dtype) -> bool:
+    """Whether NaN alone makes factors NaN and none is zero, and FP4 codes of float16 are those of 2^-10 of the factors in float16.
 
-    Float16 has 40 powers of two, and its amaxes have 41 factors. Next to the last, 2^15, the greatest float16 differs from 2^16
-    by less than a code's last bit from its next; of an infinite amax, finite values are zero by any factor.
+    Float16 has 40 powers of two, its amaxes up to 41 factors. The greatest, 2^26, is that of amax 2^-24, whose quotient by 65504
+    in place of 2^16 has the same code. Where a factor vanishes, so must all codes.
     """
-    if not _of_amaxes_of_16_bits(quantizer, torch.float16) or quantizer.divides:
+    if not _of_amaxes_of_16_bits(quantizer, dtype) or quantizer.divides:
         return False
-    largest = torch.finfo(torch.float16).max
     with real_tensors():
-        amaxes = _every_amax(torch.float16)
+        amaxes = _every_amax(dtype)
         for factor, *_ in _whatever_the_error(quantizer, amaxes):
-            held = (factor * 2.0**-10).clamp(max=largest).half().float()
-            same = held == factor * 2.0**-10
-            least = (amaxes <= 2.0**-24) & (factor <= 2.0**26)
-            zero = (held == 0) & (amaxes.clamp(max=largest) * factor <= 0.25)
-            held_well = same | least | zero | (amaxes == 0) & factor.isfinite()
-            if not (factor.isnan() | (factor > 0) & held_well).all():
+            held = (
+                _held_by_float16(factor, amaxes)
+                if dtype is torch.float16
+                else torch.ones_like(factor, dtype=torch.bool)
+            )
+            if not torch.where(amaxes.isnan(), factor.isnan(), (factor > 0) & factor.isfinite() & held).all():
                 return False
     return True
+
+
+def _held_by_float16(factor: torch.Tensor, amaxes: torch.Tensor) -> torch.Tensor:
+    largest = torch.finfo(torch.float16).max
+    held = (factor * 2.0**-10).clamp(max=largest).half().float()
+    as_good = (held == factor * 2.0**-10) | (amaxes == 0)
+    as_good |= (amaxes == 2.0**-24) & (factor == 2.0**26)
+    return as_good | (held == 0) & (amaxes.clamp(max=largest) * factor <= 0.25)
 
 
 def _of_amaxes_of_16_bits(quantizer: Quantizer, dtype: torch.dtype) -> bool:

@@ -4,9 +4,8 @@ A program is four warps, each with 32 rows of 64 columns. Triton gives a thread 
 tile, so rows are numbered such that these are neighbours, too: amaxes in both directions then take two exchanges between threads,
 four codes of a column make a word, and only words of codes pass through shared memory on their way to the transpose.
 
-A pair is an int32: two neighbouring values of a row, the first in the low half; F16 says that they are f16, not bf16. Where magnitudes
-are compared as integers, their bits are in the order of their values, infinity below NaN. Which specs this kernel computes,
-:func:`fusion_pass.kernels.cast_transpose.packs` says.
+A pair is an int32: two neighbouring values of a row, the first in the low half; F16 says that they are f16, not bf16. Which specs this
+kernel computes, :func:`fusion_pass.kernels.cast_transpose.packs` says.
 """
 
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-calls, allow-untyped-decorators
@@ -28,7 +27,8 @@ WARPS = 4
 BLOCK = 32
 
 
-# Triton's interpreter runs no PTX: there the same by Triton's own operations. Docstrings are with the PTX.
+# Triton's interpreter runs no PTX: there the same by Triton's own operations, magnitudes as integers, infinity below NaN. Docstrings
+# are with the PTX.
 if INTERPRETED:
 
     @triton.jit
@@ -152,20 +152,20 @@ else:
 
     @triton.jit
     def joined(first, second, F16: tl.constexpr):
-        """Two f32 tiles as pairs of f16 or bf16, at most the largest finite one."""
-        KIND: tl.constexpr = "f16x2" if F16 else "bf16x2"
+        """Two f32 tiles as pairs of bf16, or of f16, in which they are finite."""
+        KIND: tl.constexpr = "satfinite.f16x2" if F16 else "bf16x2"
         return tl.inline_asm_elementwise(
-            "cvt.rn.satfinite." + KIND + ".f32 $0, $2, $1;", "=r,f,f", [first, second], tl.int32, is_pure=True, pack=1
+            "cvt.rn." + KIND + ".f32 $0, $2, $1;", "=r,f,f", [first, second], tl.int32, is_pure=True, pack=1
         )
 
     @triton.jit
     def e2m1_to_even(a, b, first, second, F16: tl.constexpr, NAN_CODE: tl.constexpr):
-        """The codes next to pairs times two powers of two, halves to even, signs kept; NaN has none.
+        """As :func:`e2m1_four`, halves to even, signs kept; NaN has none.
 
         A code is the integer next to the least of 2v, v + 2 and v / 2 + 4, at most 7: the three lines meet where the step
-        between E2M1 values doubles. An fma rounds once, halves to even; where values have a step of one last bit the low bits are
-        the code. In bf16 that is from 32 on, in steps of 1/4. In f16 it is among the subnormal values; v is 2^-10 of what it
-        was, so that f16 has every factor, see :func:`fusion_pass.kernels.cheaper_scales.f16_has_factors`.
+        between E2M1 values doubles. An fma rounds once, halves to even, and where the last bit of its result is worth one, the
+        low bits are the code: in bf16 from 128 on, which is added; in f16 below 2^-14, with all times 2^-24. There v is 2^-10 of
+        what it was, so that f16 has every factor, see :func:`fusion_pass.kernels.cheaper_scales.pairs_have_factors`.
         """
         tl.static_assert(NAN_CODE == 7 or NAN_CODE == 4)
         if F16:
@@ -241,9 +241,9 @@ else:
 
 
 @triton.jit
-def tile_row(index, WARPS: tl.constexpr):
+def tile_row(index):
     """The row of the tile that has an index: of each warp's rows, every thread's 8 are neighbours."""
-    return 32 * (index // 4 % WARPS) + 8 * (index % 4) + index // (4 * WARPS)
+    return 32 * (index // 4 % 4) + 8 * (index % 4) + index // 16
 
 
 @triton.jit
@@ -255,7 +255,6 @@ def quantize_rows(
     M,
     N: tl.constexpr,
     FULL: tl.constexpr,
-    WARPS: tl.constexpr,
     code_ptr,
     scale_ptr,
     LAYOUT: tl.constexpr,
@@ -264,21 +263,20 @@ def quantize_rows(
     F16: tl.constexpr,
     CODES: tl.constexpr,
 ):
-    """Quantize a tile of pairs, 64 columns of x, in blocks of 32 columns."""
+    """Quantize a (128, 32) tile of pairs, 64 columns of x, in blocks of 32 columns."""
     # Each thread's 8 columns first, two of its rows in a pair; then the four threads of a block of 32 columns.
-    R: tl.constexpr = 32 * WARPS
-    octets = largest(tl.reshape(magnitudes, (R, 8, 4)), 2, F16)
-    upper, lower = tl.split(tl.permute(tl.reshape(octets, (2, R // 2, 8)), (1, 2, 0)))
-    peaks = largest(tl.reshape(larger_halves(upper, lower, F16), (R // 2, 2, 4)), 2, F16)
-    peak = tl.reshape(tl.permute(tl.join(low(peaks, F16), high(peaks, F16)), (2, 0, 1)), (R, 2))
+    octets = largest(tl.reshape(magnitudes, (128, 8, 4)), 2, F16)
+    upper, lower = tl.split(tl.permute(tl.reshape(octets, (2, 64, 8)), (1, 2, 0)))
+    peaks = largest(tl.reshape(larger_halves(upper, lower, F16), (64, 2, 4)), 2, F16)
+    peak = tl.reshape(tl.permute(tl.join(low(peaks, F16), high(peaks, F16)), (2, 0, 1)), (128, 2))
     factor, scale = evaluate(peak, tl.full(peak.shape, 0.0, tl.float32), PROGRAM)
-    rows = tile_row(tl.arange(0, R), WARPS)[:, None]
+    rows = tile_row(tl.arange(0, 128))[:, None]
     groups = first_column // 32 + tl.arange(0, 2)[None, :]
     present = first_row + rows < M
     at = block_scale_address(first_row + rows, groups, M, N // 32, LAYOUT)
     inside = None if FULL else present & (groups < N // 32)
     tl.store(scale_ptr + at, cast(scale, scale_ptr.dtype.element_ty), inside)
-    first, second = tl.split(tl.reshape(pairs, (R, 2, 8, 2)))
+    first, second = tl.split(tl.reshape(pairs, (128, 2, 8, 2)))
     f = factor[:, :, None]
     # Two pairs make 4 bytes, or of FP4 codes 2. A tile's first address is that of the matrix plus those of the tile.
     quads = tl.arange(0, 16)[None, :]
@@ -297,17 +295,17 @@ def quantize_rows(
         code = (spread + (spread >> 12)).to(tl.int16)
         corner = code_ptr.to(tl.pointer_type(tl.int16), bitcast=True)
     corner += code_address(first_row, first_column // 4, N // 4, SHUFFLED, UNIT)
-    tl.store(corner + code_address(rows, quads, N // 4, SHUFFLED, UNIT), tl.reshape(code, (R, 16)), inside)
+    tl.store(corner + code_address(rows, quads, N // 4, SHUFFLED, UNIT), tl.reshape(code, (128, 16)), inside)
 
 
 @triton.jit
-def four_rows(pairs, WARPS: tl.constexpr):
-    """A tile as the pairs of four neighbouring rows, each (block, thread, pair, half of the thread's rows).
+def four_rows(pairs):
+    """A (128, 32) tile as the pairs of four neighbouring rows, each (block, thread, pair, half of the thread's rows).
 
-    Undoes :func:`tile_row`: the tile's index is the row of a thread's 8, then the block, then which of four threads.
+    Undoes :func:`tile_row`: the tile's index is 16 times the row of a thread's 8, plus 4 times the block, plus the thread.
     """
-    by_row = tl.permute(tl.reshape(pairs, (8, WARPS, 4, 32)), (1, 2, 3, 0))
-    even, odd = tl.split(tl.reshape(by_row, (WARPS, 4, 32, 2, 2, 2)))
+    by_row = tl.permute(tl.reshape(pairs, (8, 4, 4, 32)), (1, 2, 3, 0))
+    even, odd = tl.split(tl.reshape(by_row, (4, 4, 32, 2, 2, 2)))
     first, third = tl.split(even)
     second, fourth = tl.split(odd)
     return first, second, third, fourth
@@ -322,7 +320,6 @@ def quantize_columns(
     M,
     N: tl.constexpr,
     FULL: tl.constexpr,
-    WARPS: tl.constexpr,
     code_ptr,
     scale_ptr,
     LAYOUT: tl.constexpr,
@@ -331,11 +328,11 @@ def quantize_columns(
     F16: tl.constexpr,
     CODES: tl.constexpr,
 ):
-    """Quantize a tile of pairs, 64 columns of x, in blocks of 32 rows; codes are written as the transpose's."""
-    peaks = largest(largest(tl.reshape(magnitudes, (8, WARPS, 4, 32)), 0, F16), 1, F16)
+    """Quantize a (128, 32) tile of pairs, 64 columns of x, in blocks of 32 rows; codes are written as the transpose's."""
+    peaks = largest(largest(tl.reshape(magnitudes, (8, 4, 4, 32)), 0, F16), 1, F16)
     peak = tl.join(low(peaks, F16), high(peaks, F16))
     factor, scale = evaluate(peak, tl.full(peak.shape, 0.0, tl.float32), PROGRAM)
-    blocks = first_row // 32 + tl.arange(0, WARPS)[:, None, None]
+    blocks = first_row // 32 + tl.arange(0, 4)[:, None, None]
     columns = first_column + 2 * tl.arange(0, 32)[None, :, None] + tl.arange(0, 2)[None, None, :]
     at = block_scale_address(columns, blocks, N, M // 32, LAYOUT)
     inside = None if FULL else (columns < N) & (blocks < M // 32)
@@ -343,7 +340,7 @@ def quantize_columns(
     f, g = tl.split(factor)
     f = f[:, None, :, None]
     g = g[:, None, :, None]
-    a, b, c, d = four_rows(pairs, WARPS)
+    a, b, c, d = four_rows(pairs)
     UNIT: tl.constexpr = 4 if named(CODES, "ties") is None else 2
     if named(CODES, "ties") is None:
         even = fp8_pair(low(a, F16) * f, low(b, F16) * f, code_ptr.dtype.element_ty) | (
@@ -358,9 +355,9 @@ def quantize_columns(
         both = e2m1_four(a, c, f, g, F16, CODES) + e2m1_four(b, d, f, g, F16, CODES) * 16
         even, odd = both.to(tl.int16), (both >> 16).to(tl.int16)
         corner = code_ptr.to(tl.pointer_type(tl.int16), bitcast=True)
-    code = tl.reshape(tl.permute(tl.join(even, odd), (2, 4, 0, 1, 3)), (64, 8 * WARPS))
+    code = tl.reshape(tl.permute(tl.join(even, odd), (2, 4, 0, 1, 3)), (64, 32))
     column = first_column + tl.arange(0, 64)[:, None]
-    quads = first_row // 4 + tl.arange(0, 8 * WARPS)[None, :]
+    quads = first_row // 4 + tl.arange(0, 32)[None, :]
     inside = None if FULL else (column < N) & (4 * quads < M)
     tl.store(corner + code_address(column, quads, M // 4, SHUFFLED, UNIT), code, inside)
 
@@ -376,7 +373,6 @@ def packed_cast_transpose_kernel(
     x_stride,
     N: tl.constexpr,
     FULL: tl.constexpr,
-    WARPS: tl.constexpr,
     ROW_LAYOUT: tl.constexpr,
     ROW_SHUFFLED: tl.constexpr,
     COLUMN_LAYOUT: tl.constexpr,
@@ -388,9 +384,9 @@ def packed_cast_transpose_kernel(
 
     The grid has strips of tiles, all columns of a strip after another: rows within a strip, columns, strips.
     """
-    first_row = (tl.program_id(2) * tl.num_programs(0) + tl.program_id(0)).to(tl.int64) * (32 * WARPS)
+    first_row = (tl.program_id(2) * tl.num_programs(0) + tl.program_id(0)).to(tl.int64) * 128
     first_column = tl.program_id(1).to(tl.int64) * 64
-    rows = tile_row(tl.arange(0, 32 * WARPS), WARPS)[:, None]
+    rows = tile_row(tl.arange(0, 128))[:, None]
     columns = tl.arange(0, 64)[None, :]
     inside = None if FULL else (first_row + rows < M) & (first_column + columns < N)
     corner = x_ptr + (first_row * x_stride + first_column)
@@ -404,7 +400,6 @@ def packed_cast_transpose_kernel(
         M,
         N,
         FULL,
-        WARPS,
         row_code_ptr,
         row_scale_ptr,
         ROW_LAYOUT,
@@ -421,7 +416,6 @@ def packed_cast_transpose_kernel(
         M,
         N,
         FULL,
-        WARPS,
         column_code_ptr,
         column_scale_ptr,
         COLUMN_LAYOUT,

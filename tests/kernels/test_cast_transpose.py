@@ -1,6 +1,7 @@
 """The cast-transpose: both directions of one read against the quantization of x and of its transpose, layouts included."""
 
 import itertools
+from dataclasses import replace
 
 import pytest
 import torch
@@ -8,8 +9,9 @@ from fusion_pass.kernels.cast_transpose import launch, plain
 
 from fusion_pass import layouts, ops
 from fusion_pass.cast_transpose import BlockScales, CastTransposeSpec, Placement
-from fusion_pass.mx_specs import ScaleMode, mx_quantizer, nvfp4_quantizer
+from fusion_pass.mx_specs import Multiplier, ScaleMode, mx_quantizer, nvfp4_quantizer
 from fusion_pass.specs import E2M1, Quantizer, Sign, SpecError, Ties
+from fusion_pass.terms import Term
 from fusion_pass.testing import compare
 
 FP4 = torch.float4_e2m1fn_x2
@@ -17,6 +19,8 @@ TE = mx_quantizer(FP4, ScaleMode.EVEN, e2m1=E2M1(Ties.AWAY, Sign.NEGATIVE, 0), z
 QUANTIZERS = {
     "te": TE,
     "mxfp4": mx_quantizer(FP4),
+    "mxfp4 divided": mx_quantizer(FP4, ScaleMode.FLOOR, multiplier=Multiplier.DIVISION),
+    "mxfp4 divided, NaN 4": mx_quantizer(FP4, ScaleMode.FLOOR, multiplier=Multiplier.DIVISION, e2m1=E2M1(nan_code=4)),
     "mxfp8": mx_quantizer(),
     "mxfp8 floor": mx_quantizer(mode=ScaleMode.FLOOR),
     "e5m2": mx_quantizer(torch.float8_e5m2),
@@ -60,12 +64,29 @@ def test_placements(name, dtype, scales, shuffled, device):
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("name", ["mxfp4", "mxfp8", "mxfp8 floor", "e5m2"])
+@pytest.mark.parametrize("name", ["mxfp4", "mxfp4 divided", "mxfp4 divided, NaN 4", "mxfp8", "mxfp8 floor", "e5m2"])
 def test_every_value_of_16_bits(name, dtype, device):
     """Each in a block of its neighbours, which has a like amax, and in one with values of all exponents."""
     bits = torch.arange(65536, dtype=torch.int32).to(torch.int16).view(dtype).to(device)
     check(CastTransposeSpec(QUANTIZERS[name]), bits.view(2048, 32))
     check(CastTransposeSpec(QUANTIZERS[name]), bits.view(64, 1024))
+
+
+@pytest.mark.parametrize("nan_code", [4, 7])
+@pytest.mark.parametrize("power", [-16, -2, 0, 1])
+def test_every_factor_of_f16(power, nan_code, device):
+    """Each value alone among zeros, and beside finite ones; 2^power of the factors takes them where f16 has them not."""
+    quantizer = mx_quantizer(FP4, e2m1=E2M1(nan_code=nan_code))
+    quantizer = replace(quantizer, factor=Term("mul", (quantizer.factor, 2.0**power)), clamp=None)
+    bits = torch.arange(65536, dtype=torch.int32).to(torch.int16)
+    # In Triton's interpreter, the least and the greatest: infinity and NaN among them.
+    some = bits if device == "cuda" else torch.cat([bits[:32], bits[31732:31764], bits[-32:]])
+    alone = torch.zeros(len(some), 32, dtype=torch.float16)
+    alone[:, 5] = some.view(torch.float16)
+    beside = alone.clone()
+    beside[:, ::2] = torch.tensor([65504.0, -65504.0, 2.0**-24, -(2.0**-24)]).repeat(4).half()
+    for x in (alone, beside):
+        check(CastTransposeSpec(quantizer), x.to(device))
 
 
 def test_one_direction_alone(device):

@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from fusion_pass.kernels.cheaper_scales import cheaper, int8_needs_no_bounds, with_cheaper_scales
+from fusion_pass.kernels.cheaper_scales import cheaper, int8_needs_no_bounds, pairs_have_factors, with_cheaper_scales
 from fusion_pass.kernels.launch import launch
 from fusion_pass.kernels.reference import evaluate, reference
 from fusion_pass.kernels.scale_program import program
@@ -20,7 +20,7 @@ from fusion_pass.specs import (
     RMSNorm,
     Rounding,
 )
-from fusion_pass.terms import parse
+from fusion_pass.terms import Term, parse
 from fusion_pass.testing import compare
 
 BF16, F16, F32 = torch.bfloat16, torch.float16, torch.float32
@@ -72,12 +72,15 @@ def every_amax(dtype, device):
 
 
 def assert_same(quantizer, other, dtype, device):
-    """By the device's own logarithms."""
+    """By the device's own logarithms; the multiplier of zeros may be any finite one."""
     leaves = every_amax(dtype, device)
     multiplier = evaluate(quantizer.factor, leaves)
     multiplier = multiplier.reciprocal() if quantizer.divides and not other.divides else multiplier
-    for wanted, term in ((multiplier, other.factor), (evaluate(quantizer.scale, leaves), other.scale)):
-        torch.testing.assert_close(evaluate(term, leaves).float(), wanted.float(), rtol=0, atol=0, equal_nan=True)
+    found, zero = evaluate(other.factor, leaves), leaves["amax"] == 0
+    assert found[zero].isfinite().all()
+    found[zero] = multiplier[zero]
+    for wanted, value in ((multiplier, found), (evaluate(quantizer.scale, leaves), evaluate(other.scale, leaves))):
+        torch.testing.assert_close(value.float(), wanted.float(), rtol=0, atol=0, equal_nan=True)
 
 
 @pytest.mark.parametrize("dtype", [BF16, F16], ids=["bf16", "f16"])
@@ -113,6 +116,32 @@ def test_powers_of_two_without_logarithms(rule, dtype, device):
     found = cheaper(quantizer, dtype)
     assert "log2" not in program(found.factor, found.scale)
     assert_same(quantizer, found, dtype, device)
+
+
+def test_scales_of_zeros_stay():
+    """As a byte of zeros says what they are divided by, but the scale of zeros is an output."""
+    (byte, unit), exact = rceil(6.0), mx_quantizer(FP4).factor
+    returned = replace(written(FP4, byte, unit), scale=parse(unit), scale_dtype=F32)
+    found = cheaper(returned, F16)
+    zero = {"amax": torch.zeros(1)}
+    assert evaluate(found.scale, zero) == 1.0 != evaluate(exact, zero)
+
+
+@pytest.mark.parametrize("dtype", [BF16, F16], ids=["bf16", "f16"])
+@pytest.mark.parametrize("multiplier", Multiplier)
+@pytest.mark.parametrize("mode", ScaleMode)
+def test_factors_of_pairs(mode, multiplier, dtype):
+    """A division multiplies what is beside NaN by zero."""
+    quantizer = mx_quantizer(FP4, mode, multiplier=multiplier)
+    assert pairs_have_factors(quantizer, dtype) == (multiplier is not Multiplier.DIVISION)
+
+
+@pytest.mark.parametrize(("power", "has"), [(-16, True), (-2, False), (1, False)])
+def test_factors_that_f16_may_not_have(power, has):
+    """By 2^-16 of the factors all codes are zero, as by none."""
+    quantizer = mx_quantizer(FP4)
+    scaled = replace(quantizer, factor=Term("mul", (quantizer.factor, 2.0**power)))
+    assert pairs_have_factors(scaled, F16) == has
 
 
 def test_only_of_16_bit_values():
