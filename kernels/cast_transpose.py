@@ -200,9 +200,8 @@ def packs(spec: CastTransposeSpec, dtype: torch.dtype) -> bool:
         saturates = overflow(quantizer) is None
         return known and saturates and quantizer.clamp in (None, torch.finfo(quantizer.code).max)
     if e2m1.ties is Ties.EVEN:
-        as_computed = e2m1.sign is Sign.KEPT and e2m1.nan_code in (4, 7)
-        if dtype is torch.float16 or e2m1.nan_code == 4:
-            as_computed = as_computed and pairs_have_factors(quantizer, dtype)
+        known = e2m1.sign is Sign.KEPT and e2m1.nan_code in (4, 7)
+        as_computed = known and pairs_have_factors(quantizer, dtype)
     else:
         as_computed = e2m1.sign in (Sign.KEPT, Sign.NEGATIVE) and e2m1.nan_code in (0, 7) and dtype is torch.bfloat16
     # Codes saturate at 6 whether or not values are clamped.

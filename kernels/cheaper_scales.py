@@ -97,32 +97,39 @@ def int8_needs_no_bounds(spec: FusedSpec, input_dtype: torch.dtype) -> bool:
 
 @cache
 def pairs_have_factors(quantizer: Quantizer, dtype: torch.dtype) -> bool:
-    """Whether NaN alone makes factors NaN and none is zero, and FP4 codes of float16 are those of 2^-10 of the factors in float16.
+    """Whether FP4 codes of values of a dtype may be formed by factors in that dtype, of float16 by 2^-10 of them, at most 65504.
 
-    Float16 has 40 powers of two, its amaxes up to 41 factors. The greatest, 2^26, is that of amax 2^-24, whose quotient by 65504
-    in place of 2^16 has the same code. Where a factor vanishes, so must all codes.
+    Of float16, besides, NaN alone must make a factor NaN, and none may be zero: there the whole block has NaN's code.
     """
     if not _of_amaxes_of_16_bits(quantizer, dtype) or quantizer.divides:
         return False
     with real_tensors():
         amaxes = _every_amax(dtype)
         for factor, *_ in _whatever_the_error(quantizer, amaxes):
-            held = (
-                _held_by_float16(factor, amaxes)
-                if dtype is torch.float16
-                else torch.ones_like(factor, dtype=torch.bool)
-            )
-            if not torch.where(amaxes.isnan(), factor.isnan(), (factor > 0) & factor.isfinite() & held).all():
+            if dtype is torch.bfloat16:
+                held = (factor.bfloat16() == factor) | factor.isnan()
+            else:
+                held = torch.where(amaxes.isnan(), factor.isnan(), (factor > 0) & _held_by_float16(factor, amaxes))
+            if not held.all():
                 return False
     return True
 
 
 def _held_by_float16(factor: torch.Tensor, amaxes: torch.Tensor) -> torch.Tensor:
+    """Which factors give the same codes if they are 2^-10 of what they were, in float16 and at most its largest.
+
+    Float16 has 40 powers of two; amaxes but zero and infinity have up to 41 factors.
+    """
     largest = torch.finfo(torch.float16).max
     held = (factor * 2.0**-10).clamp(max=largest).half().float()
-    as_good = (held == factor * 2.0**-10) | (amaxes == 0)
-    as_good |= (amaxes == 2.0**-24) & (factor == 2.0**26)
-    return as_good | (held == 0) & (amaxes.clamp(max=largest) * factor <= 0.25)
+    exact = held == factor * 2.0**-10
+    # Zeros have the same codes by any finite factor.
+    zeros = (amaxes == 0) & factor.isfinite()
+    # The product of the least value with 65504 in place of 2^16 has the same code.
+    least = (amaxes == 2.0**-24) & (factor == 2.0**26)
+    # Where a factor vanishes, all codes of finite values must, as those beside infinity do.
+    vanishing = (held == 0) & (amaxes.clamp(max=largest) * factor <= 0.25)
+    return exact | zeros | least | vanishing
 
 
 def _of_amaxes_of_16_bits(quantizer: Quantizer, dtype: torch.dtype) -> bool:
@@ -166,7 +173,10 @@ def _whatever_the_error(quantizer: Quantizer, amaxes: torch.Tensor) -> list[list
 
 
 def _is_worth(candidate: Quantizer, amaxes: torch.Tensor, wanted: list[list[torch.Tensor]]) -> bool:
-    """Whether the terms are worth that; a factor that is not returned as the scale is of no matter to values that are all zero."""
+    """Whether the terms are worth that; values that are all zero have the same codes by any finite factor.
+
+    Where the factor is the scale that is returned, as it is if there is no other, it must be the same for zeros, too.
+    """
     zero = (amaxes == 0) & (candidate.scale is not None and not candidate.divides)
     for found, *others in zip(_worth(candidate, amaxes), *wanted, strict=True):
         if not all(_same(found, other, zero & found.isfinite() & other.isfinite()) for other in others):

@@ -15,7 +15,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .arithmetic import INTERPRETED, cast, e2m1_code, high, low, named
+from .arithmetic import INTERPRETED, cast, e2m1_code, high, low, named, times
 from .fused_quant import load
 from .placement import block_scale_address, code_address
 from .scale_program import evaluate
@@ -146,13 +146,16 @@ else:
         else:
             # More bits than a bf16 has would be rounded among the subnormal values.
             tl.static_assert(not F16)
-            codes = e2m1_by_subnormals(low(a, F16) * first, high(a, F16) * second, TIES, SIGN, NAN_CODE)
-            codes += e2m1_by_subnormals(low(b, F16) * first, high(b, F16) * second, TIES, SIGN, NAN_CODE) * 256
+            # Of a sum contracted with its product, a zero would be -0.
+            codes = e2m1_by_subnormals(times(low(a, F16), first), times(high(a, F16), second), TIES, SIGN, NAN_CODE)
+            codes += (
+                e2m1_by_subnormals(times(low(b, F16), first), times(high(b, F16), second), TIES, SIGN, NAN_CODE) * 256
+            )
         return codes
 
     @triton.jit
     def joined(first, second, F16: tl.constexpr):
-        """Two f32 tiles as pairs of bf16, or of f16, in which they are finite."""
+        """Two f32 tiles as pairs of bf16, or of f16, in which they are at most its largest; NaN stays NaN."""
         KIND: tl.constexpr = "satfinite.f16x2" if F16 else "bf16x2"
         return tl.inline_asm_elementwise(
             "cvt.rn." + KIND + ".f32 $0, $2, $1;", "=r,f,f", [first, second], tl.int32, is_pure=True, pack=1
@@ -177,15 +180,20 @@ else:
 
     @triton.constexpr_function
     def to_even(f16, nan_code):
-        """The PTX of :func:`e2m1_to_even`; what follows from factors alone is computed once for all pairs that have them."""
+        """The PTX of :func:`e2m1_to_even`.
+
+        Of bf16, NaN has its code and no sign by what each product is. Of f16, zero times infinity is no product of theirs: there NaN
+        has its code by the factor, which is NaN for the whole block, and signs are the values' own.
+        """
         if f16:
             kind, slopes, least, most = "f16x2", ["0800", "0400", "0200"], ["0000", "0002", "0004"], "0007"
         else:
             kind, slopes, least, most = "bf16x2", ["4000", "3f80", "3f00"], ["4300", "4302", "4304"], "4307"
-        lost = 0 if nan_code == 7 else 0x00030003
         ptx = "{ .reg .b32 a0, a1, a2, b0, b1, b2, v, w, m, n, z, k, l, most, signs;"
-        ptx += f"mov.b32 z, 0; fma.rn.{kind} n, $3, z, z;"
-        ptx += f"mov.b32 most, 0x{most * 2}; mov.b32 k, {lost}; lop3.b32 most, n, k, most, 0x2a;"
+        ptx += f"mov.b32 most, 0x{most * 2};"
+        if f16:
+            lost = 0 if nan_code == 7 else 0x00030003
+            ptx += f"mov.b32 z, 0; mov.b32 k, {lost}; fma.rn.{kind} n, $3, z, z; lop3.b32 most, n, k, most, 0x2a;"
         for name, pair, value in [("a", "$1", "v"), ("b", "$2", "w")]:
             if f16:
                 ptx += f"abs.{kind} m, {pair}; fma.rn.{kind} m, m, $3, z;"
@@ -193,10 +201,12 @@ else:
                 ptx += f"mov.b32 k, 0x80008000; fma.rn.{kind} {value}, {pair}, $3, k; abs.{kind} m, {value};"
             for i in range(3):
                 ptx += f"mov.b32 k, 0x{slopes[i] * 2}; mov.b32 l, 0x{least[i] * 2}; fma.rn.{kind} {name}{i}, m, k, l;"
+            if nan_code == 4 and not f16:
+                # The third line is at least 4, which a maximum gives in place of NaN.
+                ptx += f"max.{kind} {name}2, {name}2, l;"
             ptx += f"min.{kind} {name}2, {name}2, most;"
             ptx += f"min.{kind} {name}0, {name}0, {name}1; min.{kind} {name}0, {name}0, {name}2;"
         if f16:
-            # Signs of the values, as zero times infinity has none; but of products with NaN, which have none.
             ptx += "not.b32 n, n; and.b32 signs, n, 0x08080808;"
             ptx += "mad.lo.u32 a0, b0, 256, a0; prmt.b32 m, $1, $2, 0xfbd9; lop3.b32 $0, m, signs, a0, 0xea; }"
         else:
@@ -205,7 +215,8 @@ else:
 
     @triton.jit
     def e2m1_by_subnormals(a, b, TIES: tl.constexpr, SIGN: tl.constexpr, NAN_CODE: tl.constexpr):
-        """The codes next to pairs of f32 with no more bits than a bf16, each in the low bits of its half, halves away from zero or towards it.
+        """The codes next to pairs of f32 with no more bits than a bf16, each in the low bits of its half, halves away from zero or towards it,
+        signs as SIGN says.
 
         In f16 times 2^-14, the values below 1 are subnormal as in E2M1, so that rounding is an addition to the bits; a NaN that min
         keeps becomes 0 there.

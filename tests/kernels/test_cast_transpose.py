@@ -5,7 +5,8 @@ from dataclasses import replace
 
 import pytest
 import torch
-from fusion_pass.kernels.cast_transpose import launch, plain
+from fusion_pass.kernels.cast_transpose import launch, packs, plain
+from fusion_pass.kernels.cheaper_scales import cheaper
 
 from fusion_pass import layouts, ops
 from fusion_pass.cast_transpose import BlockScales, CastTransposeSpec, Placement
@@ -19,6 +20,8 @@ TE = mx_quantizer(FP4, ScaleMode.EVEN, e2m1=E2M1(Ties.AWAY, Sign.NEGATIVE, 0), z
 QUANTIZERS = {
     "te": TE,
     "mxfp4": mx_quantizer(FP4),
+    "mxfp4, NaN 4": mx_quantizer(FP4, e2m1=E2M1(nan_code=4)),
+    "mxfp4, ties to zero": mx_quantizer(FP4, e2m1=E2M1(Ties.TOWARD_ZERO)),
     "mxfp4 divided": mx_quantizer(FP4, ScaleMode.FLOOR, multiplier=Multiplier.DIVISION),
     "mxfp4 divided, NaN 4": mx_quantizer(FP4, ScaleMode.FLOOR, multiplier=Multiplier.DIVISION, e2m1=E2M1(nan_code=4)),
     "mxfp8": mx_quantizer(),
@@ -64,7 +67,7 @@ def test_placements(name, dtype, scales, shuffled, device):
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("name", ["mxfp4", "mxfp4 divided", "mxfp4 divided, NaN 4", "mxfp8", "mxfp8 floor", "e5m2"])
+@pytest.mark.parametrize("name", [name for name in QUANTIZERS if QUANTIZERS[name].group == 32])
 def test_every_value_of_16_bits(name, dtype, device):
     """Each in a block of its neighbours, which has a like amax, and in one with values of all exponents."""
     bits = torch.arange(65536, dtype=torch.int32).to(torch.int16).view(dtype).to(device)
@@ -72,12 +75,27 @@ def test_every_value_of_16_bits(name, dtype, device):
     check(CastTransposeSpec(QUANTIZERS[name]), bits.view(64, 1024))
 
 
+BY_PAIRS_OF_BF16 = {name for name in QUANTIZERS if QUANTIZERS[name].group == 32}
+BY_PAIRS_OF_F16 = BY_PAIRS_OF_BF16 - {"te", "mxfp4, ties to zero", "mxfp4 divided", "mxfp4 divided, NaN 4"}
+
+
+@pytest.mark.parametrize("name", QUANTIZERS)
+def test_what_pairs_are_for(name):
+    def takes(dtype):
+        return packs(CastTransposeSpec(cheaper(QUANTIZERS[name], dtype)), dtype)
+
+    assert takes(torch.bfloat16) == (name in BY_PAIRS_OF_BF16)
+    assert takes(torch.float16) == (name in BY_PAIRS_OF_F16)
+
+
 @pytest.mark.parametrize("nan_code", [4, 7])
 @pytest.mark.parametrize("power", [-16, -2, 0, 1])
 def test_every_factor_of_f16(power, nan_code, device):
-    """Each value alone among zeros, and beside finite ones; 2^power of the factors takes them where f16 has them not."""
-    quantizer = mx_quantizer(FP4, e2m1=E2M1(nan_code=nan_code))
-    quantizer = replace(quantizer, factor=Term("mul", (quantizer.factor, 2.0**power)), clamp=None)
+    """Each value alone among zeros, and beside others; 2^power of the factors takes them where f16 has them not."""
+    quantizer = replace(mx_quantizer(FP4, e2m1=E2M1(nan_code=nan_code)), clamp=None)
+    quantizer = replace(quantizer, factor=shifted(quantizer.scale.args[0], power))
+    spec = CastTransposeSpec(quantizer)
+    assert packs(CastTransposeSpec(cheaper(quantizer, torch.float16)), torch.float16) == (power in (-16, 0))
     bits = torch.arange(65536, dtype=torch.int32).to(torch.int16)
     # In Triton's interpreter, the least and the greatest: infinity and NaN among them.
     some = bits if device == "cuda" else torch.cat([bits[:32], bits[31732:31764], bits[-32:]])
@@ -86,7 +104,14 @@ def test_every_factor_of_f16(power, nan_code, device):
     beside = alone.clone()
     beside[:, ::2] = torch.tensor([65504.0, -65504.0, 2.0**-24, -(2.0**-24)]).repeat(4).half()
     for x in (alone, beside):
-        check(CastTransposeSpec(quantizer), x.to(device))
+        check(spec, x.to(device))
+
+
+def shifted(byte, power):
+    """2^(127 + power - byte), NaN for byte 255."""
+    bits = Term("shl", (Term("sub", (254 + power, byte)), 23))
+    within = Term("max", (Term("min", (bits, 0x7F000000)), 0x00400000))
+    return Term("from_bits", (Term("where", (Term("eq", (byte, 255)), 0x7FC00000, within)),))
 
 
 def test_one_direction_alone(device):

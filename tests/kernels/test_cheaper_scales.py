@@ -4,7 +4,14 @@ from dataclasses import replace
 
 import pytest
 import torch
-from fusion_pass.kernels.cheaper_scales import cheaper, int8_needs_no_bounds, pairs_have_factors, with_cheaper_scales
+from fusion_pass.kernels.cheaper_scales import (
+    _is_worth,
+    _whatever_the_error,
+    cheaper,
+    int8_needs_no_bounds,
+    pairs_have_factors,
+    with_cheaper_scales,
+)
 from fusion_pass.kernels.launch import launch
 from fusion_pass.kernels.reference import evaluate, reference
 from fusion_pass.kernels.scale_program import program
@@ -118,30 +125,48 @@ def test_powers_of_two_without_logarithms(rule, dtype, device):
     assert_same(quantizer, found, dtype, device)
 
 
-def test_scales_of_zeros_stay():
-    """As a byte of zeros says what they are divided by, but the scale of zeros is an output."""
-    (byte, unit), exact = rceil(6.0), mx_quantizer(FP4).factor
-    returned = replace(written(FP4, byte, unit), scale=parse(unit), scale_dtype=F32)
-    found = cheaper(returned, F16)
-    zero = {"amax": torch.zeros(1)}
-    assert evaluate(found.scale, zero) == 1.0 != evaluate(exact, zero)
+def test_zeros_have_any_finite_factor():
+    """Float16 has no other block with byte 0."""
+    found = cheaper(RCEIL, F16)
+    assert evaluate(found.factor, {"amax": torch.zeros(1)}) == 2.0**127
+    assert evaluate(cheaper(RCEIL, BF16).factor, {"amax": torch.zeros(1)}) == 1.0
 
 
-@pytest.mark.parametrize("dtype", [BF16, F16], ids=["bf16", "f16"])
+HALVED = written(FP4, "u8(2)", "reciprocal(max(amax, 0.5))")
+
+
+@pytest.mark.parametrize(
+    ("quantizer", "candidate", "is_worth"),
+    [
+        (HALVED, {"factor": "reciprocal(max(amax, 0.25))"}, True),
+        (HALVED, {"factor": "reciprocal(max(amax, 2.0))"}, False),
+        (HALVED, {"factor": "reciprocal(amax)"}, False),
+        (HALVED, {"scale": "u8(where(eq(amax, 0.0), 1, 2))"}, False),
+        (replace(HALVED, divides=True), {"factor": "reciprocal(max(amax, 0.25))"}, False),
+        (replace(HALVED, scale=None), {"factor": "reciprocal(max(amax, 0.25))"}, False),
+    ],
+    ids=["finite", "of others", "infinite", "scale", "divides", "returned"],
+)
+def test_factors_of_zeros(quantizer, candidate, is_worth):
+    amaxes = torch.tensor([0.0, 1.0, 4.0])
+    found = replace(quantizer, **{name: parse(text) for name, text in candidate.items()})
+    assert _is_worth(found, amaxes, _whatever_the_error(quantizer, amaxes)) == is_worth
+
+
 @pytest.mark.parametrize("multiplier", Multiplier)
 @pytest.mark.parametrize("mode", ScaleMode)
-def test_factors_of_pairs(mode, multiplier, dtype):
-    """A division multiplies what is beside NaN by zero."""
+def test_factors_of_pairs(mode, multiplier):
+    """Of bf16, zero beside NaN, which a division multiplies by, is a factor as others are."""
     quantizer = mx_quantizer(FP4, mode, multiplier=multiplier)
-    assert pairs_have_factors(quantizer, dtype) == (multiplier is not Multiplier.DIVISION)
+    assert pairs_have_factors(quantizer, BF16)
+    assert pairs_have_factors(quantizer, F16) == (multiplier is not Multiplier.DIVISION)
 
 
-@pytest.mark.parametrize(("power", "has"), [(-16, True), (-2, False), (1, False)])
-def test_factors_that_f16_may_not_have(power, has):
-    """By 2^-16 of the factors all codes are zero, as by none."""
-    quantizer = mx_quantizer(FP4)
-    scaled = replace(quantizer, factor=Term("mul", (quantizer.factor, 2.0**power)))
-    assert pairs_have_factors(scaled, F16) == has
+def test_factors_that_bf16_has_not():
+    """Less than 2^-133 next to infinity."""
+    byte = mx_quantizer(FP4).scale.args[0]
+    quantizer = replace(mx_quantizer(FP4), factor=Term("exp2", (Term("sub", (107.0, Term("f32", (byte,)))),)))
+    assert not pairs_have_factors(quantizer, BF16)
 
 
 def test_only_of_16_bit_values():
