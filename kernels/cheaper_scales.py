@@ -177,12 +177,12 @@ def _is_worth(candidate: Quantizer, amaxes: torch.Tensor, wanted: list[list[torc
 
     Where the factor is the scale that is returned, as it is if there is no other, it must be the same for zeros, too.
     """
-    zero = (amaxes == 0) & (candidate.scale is not None and not candidate.divides)
-    for found, *others in zip(_worth(candidate, amaxes), *wanted, strict=True):
-        if not all(_same(found, other, zero & found.isfinite() & other.isfinite()) for other in others):
-            return False
-        zero = torch.zeros_like(zero)
-    return True
+    zeros = (amaxes == 0) & (candidate.scale is not None and not candidate.divides)
+    return all(
+        _same(found, other, zeros & (term is not candidate.scale) & found.isfinite() & other.isfinite())
+        for term, found, *others in zip(_terms(candidate), _worth(candidate, amaxes), *wanted, strict=True)
+        for other in others
+    )
 
 
 def _same(a: torch.Tensor, b: torch.Tensor, but: torch.Tensor) -> bool:
