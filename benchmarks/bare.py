@@ -52,10 +52,14 @@ def bare_kernel(
     scales_each,
     N: tl.constexpr,
     WIDE: tl.constexpr,
+    FP4: tl.constexpr,
     BLOCK: tl.constexpr,
     SCALES: tl.constexpr,
 ):
-    """One program: BLOCK of the (M, N) values and its share of the scales; x has rows of 2N values if WIDE."""
+    """One program: BLOCK of the (M, N) values and its share of the scales; x has rows of 2N values if WIDE.
+
+    No cast makes FP4 codes: their bytes are taken from the values' bits.
+    """
     program = tl.program_id(0).to(tl.int64)
     at = program * BLOCK + tl.arange(0, BLOCK)
     mask = at < values
@@ -68,7 +72,13 @@ def bare_kernel(
     if other_ptr is not None:
         x += cast(tl.load(other_ptr + at, mask), tl.float32)
         tl.store(sum_ptr + at, cast(x, sum_ptr.dtype.element_ty), mask)
-    tl.store(code_ptr + at, cast(x, code_ptr.dtype.element_ty), mask)
+    if FP4:
+        bits = cast(x, x_ptr.dtype.element_ty).to(tl.int16, bitcast=True)
+        first, second = tl.split(tl.reshape(bits, (BLOCK // 2, 2)))
+        at = program * (BLOCK // 2) + tl.arange(0, BLOCK // 2)
+        tl.store(code_ptr + at, (((first >> 12) & 0x0F) | ((second >> 8) & 0xF0)).to(tl.uint8), at < values // 2)
+    else:
+        tl.store(code_ptr + at, cast(x, code_ptr.dtype.element_ty), mask)
     if scale_ptr is not None:
         store_share(scale_ptr, program, scales, scales_each, SCALES)
 
@@ -204,7 +214,8 @@ def bare(case: Case, block: int, warps: int) -> Callable[..., tuple[torch.Tensor
 
     def run(x: torch.Tensor, other: torch.Tensor, weight: torch.Tensor, given: torch.Tensor):
         rows, row = len(x), len(weight)
-        codes = torch.empty((rows, row), dtype=case.quantization.code, device=x.device)
+        per_code = case.quantization.per_code
+        codes = torch.empty((rows, row // per_code), dtype=case.quantization.code, device=x.device)
         count = case.scales(rows, row)
         kind = torch.float32 if case.quantization.scale_bytes == 4 else torch.uint8
         scales = torch.empty(count, dtype=kind, device=x.device) if count else None
@@ -222,6 +233,7 @@ def bare(case: Case, block: int, warps: int) -> Callable[..., tuple[torch.Tensor
             each,
             N=row,
             WIDE=case.prologue.wide,
+            FP4=per_code == 2,
             BLOCK=block,
             SCALES=triton.next_power_of_2(max(1, each)),
             num_warps=warps,

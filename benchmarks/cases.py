@@ -184,6 +184,7 @@ QUANTIZATIONS = (
     Quantization("int8", int8_per_token, code=torch.int8),
     Quantization("mxfp8", mxfp8, 32, 1),
     Quantization("mxfp8-blocked", mxfp8_blocked, 32, 1),
+    Quantization("mxfp4", mxfp4, 32, 1, torch.uint8, per_code=2),
     Quantization("mxfp8-both", mxfp8_both, 32, 1, both=True),
     Quantization("mxfp4-both", mxfp4_both, 32, 1, torch.uint8, per_code=2, both=True),
 )

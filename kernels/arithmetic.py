@@ -135,6 +135,18 @@ if INTERPRETED:
         rows = _to_torch(x)[:, :, : int(GROUP)].flatten(1)[:, : int(N)]
         return _from_torch(rows.square().sum(1)[:, None, None], tl.float32)
 
+    @triton.jit
+    def in_pairs(x):
+        bits = tl.reshape(x.to(tl.uint16, bitcast=True), (x.shape[0], x.shape[1], x.shape[2] // 2, 2))
+        first, second = tl.split(bits)
+        return (first.to(tl.int32) | (second.to(tl.int32) << 16)).to(tl.int32)
+
+    @triton.jit
+    def amax_of_pairs(pairs, F16: tl.constexpr):
+        larger = tl.maximum(tl.abs(low(pairs, F16)), tl.abs(high(pairs, F16)), propagate_nan=tl.PropagateNan.ALL)
+        return amax(larger, 2)
+
+
 else:
 
     @triton.jit
@@ -611,6 +623,17 @@ else:
         return tl.inline_asm_elementwise(
             "mov.b32 $0, {$1, $2};", "=r,h,h", [first, second], tl.int32, is_pure=True, pack=1
         )
+
+    @triton.jit
+    def amax_of_pairs(pairs, F16: tl.constexpr):
+        """The amax, in float32, of each group of a (rows, groups, pairs) tile; first of the four pairs of a thread."""
+        fours = tl.reshape(pairs, (pairs.shape[0], pairs.shape[1], pairs.shape[2] // 4, 4))
+        if F16:
+            found = tl.reduce(fours, 3, greater_magnitudes_f16)
+        else:
+            found = tl.reduce(fours, 3, greater_magnitudes_bf16)
+        larger = greater(tl.abs(low(found, F16)), tl.abs(high(found, F16)))
+        return tl.max(larger.to(tl.int32, bitcast=True), 2, keep_dims=True).to(tl.float32, bitcast=True)
 
     @triton.jit
     def amax_by_thread(pairs, F16: tl.constexpr):

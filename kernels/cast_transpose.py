@@ -15,11 +15,11 @@ import triton.language as tl
 
 from fusion_pass.cast_transpose import BlockScales, CastTransposeSpec, Placement
 from fusion_pass.layouts import pack_blocked, pack_mfma_shuffled, pack_mx_shuffled
-from fusion_pass.specs import FusedSpec, NoPrologue, Quantizer, Rounding, Sign, Ties
+from fusion_pass.specs import FusedSpec, NoPrologue, Quantizer, Rounding
 from fusion_pass.terms import is_power_of_two
 
 from .arithmetic import amax, cast, named, widened
-from .cheaper_scales import cheaper, pairs_have_factors
+from .cheaper_scales import cheaper, fp4_of_pairs
 from .fused_quant import load, quantized
 from .launch import as_codes, overflow, quantizer_constants, rows_of, storable
 from .packed_cast_transpose import BLOCK, TILE_COLUMNS, TILE_ROWS, WARPS, packed_cast_transpose_kernel
@@ -191,21 +191,13 @@ def packs(spec: CastTransposeSpec, dtype: torch.dtype) -> bool:
     rounded = quantizer.rounding is not Rounding.CAST or quantizer.quotient is not torch.float32
     if rounded or quantizer.adds_zero or quantizer.clamp_low is not None:
         return False
+    if quantizer.e2m1 is not None:
+        return fp4_of_pairs(quantizer, dtype)
     if quantizer.divides or not is_power_of_two(quantizer.factor):
         return False
-    e2m1 = quantizer.e2m1
-    if e2m1 is None:
-        known = quantizer.code in (torch.float8_e4m3fn, torch.float8_e5m2)
-        # Casts saturate, here always.
-        saturates = overflow(quantizer) is None
-        return known and saturates and quantizer.clamp in (None, torch.finfo(quantizer.code).max)
-    if e2m1.ties is Ties.EVEN:
-        known = e2m1.sign is Sign.KEPT and e2m1.nan_code in (4, 7)
-        as_computed = known and pairs_have_factors(quantizer, dtype)
-    else:
-        as_computed = e2m1.sign in (Sign.KEPT, Sign.NEGATIVE) and e2m1.nan_code in (0, 7) and dtype is torch.bfloat16
-    # Codes saturate at 6 whether or not values are clamped.
-    return as_computed and (quantizer.clamp is None or quantizer.clamp >= 6.0)
+    known = quantizer.code in (torch.float8_e4m3fn, torch.float8_e5m2)
+    # Casts saturate, here always.
+    return known and overflow(quantizer) is None and quantizer.clamp in (None, torch.finfo(quantizer.code).max)
 
 
 def _bytes(scale: torch.Tensor) -> torch.Tensor:

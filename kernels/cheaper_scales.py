@@ -15,7 +15,7 @@ import torch
 
 from fusion_pass.inductor import real_tensors
 from fusion_pass.mx_specs import ELEMENTS, INFINITY_BITS, Multiplier, ScaleMode, carry_into_exponent, multiplied_by
-from fusion_pass.specs import FusedSpec, GatedActivation, Granularity, Quantizer, RMSNorm, Rounding
+from fusion_pass.specs import FusedSpec, GatedActivation, Granularity, Quantizer, RMSNorm, Rounding, Sign, Ties
 from fusion_pass.terms import AMAX, Operand, Term, bounds, is_power_of_two, rounded_power
 
 from .reference import evaluate
@@ -76,6 +76,13 @@ def _every_amax(dtype: torch.dtype) -> torch.Tensor:
     return torch.cat([amaxes[~amaxes.isnan()], torch.tensor([torch.nan], device="cpu")])
 
 
+def quantizes_fp4_pairs(spec: FusedSpec, input_dtype: torch.dtype) -> bool:
+    """Whether FP4 codes of a spec's values are those of pairs."""
+    quantizer = spec.quantizer
+    exact = quantizer.rounding is Rounding.CAST and quantizer.quotient is torch.float32
+    return exact and quantizer.group is not None and fp4_of_pairs(quantizer, _value_dtype(spec, input_dtype))
+
+
 def int8_needs_no_bounds(spec: FusedSpec, input_dtype: torch.dtype) -> bool:
     """Whether no value exceeds int8 codes where the factor is positive and finite, and all codes are zero where it is not."""
     quantizer, dtype = spec.quantizer, _value_dtype(spec, input_dtype)
@@ -93,6 +100,20 @@ def int8_needs_no_bounds(spec: FusedSpec, input_dtype: torch.dtype) -> bool:
             if not torch.where((factor > 0) & factor.isfinite(), within, zero).all():
                 return False
     return True
+
+
+def fp4_of_pairs(quantizer: Quantizer, dtype: torch.dtype) -> bool:
+    """Whether :mod:`fusion_pass.kernels.e2m1_pairs` has the codes of values of a dtype: FP4, by powers of two."""
+    e2m1 = quantizer.e2m1
+    if e2m1 is None or dtype not in (torch.bfloat16, torch.float16):
+        return False
+    # Codes saturate at 6 whether or not values are clamped.
+    bounded = quantizer.clamp_low is not None or (quantizer.clamp is not None and quantizer.clamp < 6.0)
+    if bounded or quantizer.adds_zero or quantizer.divides or not is_power_of_two(quantizer.factor):
+        return False
+    if e2m1.ties is not Ties.EVEN:
+        return e2m1.sign in (Sign.KEPT, Sign.NEGATIVE) and e2m1.nan_code in (0, 7) and dtype is torch.bfloat16
+    return e2m1.sign is Sign.KEPT and e2m1.nan_code in (4, 7) and pairs_have_factors(quantizer, dtype)
 
 
 @cache

@@ -9,10 +9,13 @@ import triton.language as tl
 
 from .arithmetic import (
     amax,
+    amax_of_pairs,
     cast,
     codes,
     gelu,
     gelu_tanh,
+    in_16_bits,
+    in_pairs,
     named,
     packed_sum,
     reciprocal_root,
@@ -28,6 +31,7 @@ from .arithmetic import (
     widened,
     widened_after,
 )
+from .e2m1_pairs import e2m1_word
 from .scale_program import evaluate
 
 
@@ -329,9 +333,12 @@ def store_quantized(
     PAD_GROUPS: tl.constexpr,
 ):
     """Quantize a tile of (rows, groups, lanes), and store its codes and scales; ``peak`` is the amax where PEAK is ``row``."""
+    PAIRS: tl.constexpr = named(CODES, "pairs") and in_16_bits(x.dtype)
     if PEAK == "group":
         if x.shape[1] == 1:
             peak = whole_amax(x, WARPS, VECTOR)
+        elif PAIRS:
+            peak = amax_of_pairs(in_pairs(x), x.dtype == tl.float16)
         else:
             peak = amax(widened(x), 2)
     elif PEAK != "row":
@@ -340,10 +347,21 @@ def store_quantized(
         peak += tl.load(amax_ptr).to(tl.float32, bitcast=True)
     given = tl.full(peak.shape, 0.0, tl.float32) + (0.0 if given is None else given)
     present = (rows < M) & (groups < N // GROUP)
-    code, scale = quantized(
-        widened(x), peak, given, present if PEAK == "group" else None, PROGRAM, CODES, code_ptr.dtype.element_ty
-    )
-    if named(CODES, "ties") is None:
+    if PAIRS:
+        factor, scale = evaluate(peak, given, PROGRAM)
+        first, second = tl.split(tl.reshape(in_pairs(x), (x.shape[0], x.shape[1], x.shape[2] // 4, 2)))
+        code = e2m1_word(first, second, factor, x.dtype == tl.float16, CODES)
+    else:
+        code, scale = quantized(
+            widened(x), peak, given, present if PEAK == "group" else None, PROGRAM, CODES, code_ptr.dtype.element_ty
+        )
+    if PAIRS:
+        quads = tl.arange(0, lanes.shape[2] // 4)[None, None, :]
+        # Told so, Triton leaves the two words of a thread's eight values to it.
+        at = rows * (N // 4) + groups * (GROUP // 4) + quads // 2 * 2 + quads % 2
+        words = code_ptr.to(tl.pointer_type(tl.int16), bitcast=True)
+        tl.store(words + at, code, present & (quads < GROUP // 4))
+    elif named(CODES, "ties") is None:
         # Told that no more are neighbours, Triton leaves the values to the threads that hold them for the other outputs.
         at = lanes if VECTOR == 16 else lanes // VECTOR * VECTOR + lanes % VECTOR
         tl.store(code_ptr + rows * N + groups * GROUP + at, code, mask)

@@ -27,7 +27,7 @@ from fusion_pass.specs import (
 from fusion_pass.terms import bounds
 
 from .arithmetic import INTERPRETED
-from .cheaper_scales import LARGEST, int8_needs_no_bounds, with_cheaper_scales
+from .cheaper_scales import LARGEST, int8_needs_no_bounds, quantizes_fp4_pairs, with_cheaper_scales
 from .fused_quant import fused_quant_kernel
 from .launch_table import LaunchConfig, configure, group_length, whole_rows
 from .scale_program import program
@@ -307,7 +307,9 @@ def constants(spec: FusedSpec, input_dtype: torch.dtype) -> dict[str, Any]:
     """The compile-time arguments that follow from the spec and from what x is of."""
     return {
         "PROLOGUE": json.dumps(_prologue_constants(spec)),
-        **quantizer_constants(spec.quantizer, int8_needs_no_bounds(spec, input_dtype)),
+        **quantizer_constants(
+            spec.quantizer, int8_needs_no_bounds(spec, input_dtype), quantizes_fp4_pairs(spec, input_dtype)
+        ),
         "LAYOUT": spec.layout.value,
     }
 
@@ -359,8 +361,8 @@ def _whole(quantizer: Quantizer, unbounded: bool) -> str | None:
 
 
 @cache
-def quantizer_constants(quantizer: Quantizer, unbounded: bool = False) -> dict[str, Any]:
-    """The compile-time arguments that follow from the quantizer, and from whether int8 codes need no bounds."""
+def quantizer_constants(quantizer: Quantizer, unbounded: bool = False, pairs: bool = False) -> dict[str, Any]:
+    """The compile-time arguments that follow from the quantizer, whether int8 codes need no bounds and FP4's are of pairs."""
     codes = {
         "divides": quantizer.divides,
         "ordinary": _ordinary(quantizer),
@@ -374,5 +376,6 @@ def quantizer_constants(quantizer: Quantizer, unbounded: bool = False) -> dict[s
         "ties": None if quantizer.e2m1 is None else quantizer.e2m1.ties.value,
         "sign": None if quantizer.e2m1 is None else quantizer.e2m1.sign.value,
         "nan_code": None if quantizer.e2m1 is None else quantizer.e2m1.nan_code,
+        "pairs": pairs,
     }
     return {"PROGRAM": program(quantizer.factor, quantizer.scale), "CODES": json.dumps(codes)}
