@@ -324,15 +324,19 @@ else:
         return tl.inline_asm_elementwise("copysign.f32 $0, $1, $2;", "=f,f,f", [x, y], tl.float32, is_pure=True, pack=1)
 
     @triton.jit
-    def from_tail(tail, x):
-        """(1 + f) / 2 of a function f with the sign of x, from (1 - |f|) / 2, with the rounding errors of f and of the sum."""
-        return with_sign_of(x, 0.5 - tail) + 0.5
+    def times_upper(x, a, tail):
+        """x * (1 + f) / 2 of an odd function f, from a = |x| and (1 - |f|) / 2, with the rounding error of f.
+
+        Its negative is what is summed: for x below zero whose f is -1, the sum vanishes, which makes +0, and x * 0 is -0.
+        """
+        return tl.fma(a, (0.5 - tail) * -1.0, x * -0.5) * -1.0
 
     @triton.jit
     def gelu(x, TO: tl.constexpr):
         """x / 2 * (1 + erf(x / sqrt(2))) of a f32 tile: ATen's GeluCUDAKernelImpl."""
         if TO is not None and NEWER_ERF:
-            active = x * from_tail(power_estimate(logarithm_of_tail(magnitude(x), TO)), x)
+            a = magnitude(x)
+            active = times_upper(x, a, power_estimate(logarithm_of_tail(a, TO)))
         else:
             scaled = x * 0.7071067811865476
             if NEWER_ERF:
@@ -390,14 +394,14 @@ else:
         if TO == "bf16":
             # (1 - tanh(a)) / 2 = 1 / (1 + exp(2a)), with exp as a power of two.
             doubled = fma_by(x * x, tl.full(x.shape, 0.1029432395800235, tl.float32), 2.302208198144325) * x
-            active = x * from_tail(reciprocal_estimate(1.0 + power_estimate(magnitude(doubled))), x)
+            active = times_upper(x, magnitude(x), reciprocal_estimate(1.0 + power_estimate(magnitude(doubled))))
         elif TO == "f16":
             # The same by constants found by search: with those of the formula, three values differ.
             a = magnitude(x)
             doubled = fma_by(a * a, tl.full(x.shape, 0.10294322669506073, tl.float32), 2.302208185195923)
             power = power_estimate(fma_by(doubled, a, 1.3790781849820632e-05))
             tail = reciprocal_estimate(fma_by(power, tl.full(x.shape, 0.9999904632568359, tl.float32), 1.0))
-            active = x * from_tail(tail, x)
+            active = times_upper(x, a, tail)
         else:
             inner = tl.fma(x * x * x, tl.full(x.shape, 0.044715, tl.float32), x) * 0.7978845608028654
             active = x * 0.5 * (1.0 + tanh(inner))
