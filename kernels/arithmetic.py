@@ -727,6 +727,16 @@ def round_to(x, ROUNDING: tl.constexpr):
     return x
 
 
+@triton.jit
+def rounded(x, ROUNDING: tl.constexpr):
+    """As :func:`round_to`, but left in 16 bits where x is rounded to those."""
+    if ROUNDING == "bf16":
+        x = cast(x, tl.bfloat16)
+    elif ROUNDING == "f16":
+        x = cast(x, tl.float16)
+    return x
+
+
 @triton.constexpr_function
 def rounds_to(rounding, dtype):
     """Whether a rounding is to that dtype of 16 bits."""
@@ -739,7 +749,7 @@ def rounded_product(x, y, X_ROUNDING: tl.constexpr, ROUNDING: tl.constexpr):
     if X_ROUNDING == ROUNDING and rounds_to(ROUNDING, y.dtype):
         product = packed_product(cast(x, y.dtype), tl.broadcast_to(y, x.shape))
     else:
-        product = round_to(round_to(x, X_ROUNDING) * cast(y, tl.float32), ROUNDING)
+        product = rounded(round_to(x, X_ROUNDING) * cast(y, tl.float32), ROUNDING)
     return product
 
 

@@ -14,13 +14,13 @@ from .arithmetic import (
     codes,
     gelu,
     gelu_tanh,
-    in_16_bits,
     in_pairs,
     named,
     packed_sum,
     reciprocal_root,
     root,
     round_to,
+    rounded,
     rounded_product,
     rounds_to,
     sigmoid,
@@ -97,7 +97,7 @@ def normalized(x, factor, weight, PROLOGUE: tl.constexpr):
             weight = cast(weight, tl.float32) + 1.0
         x = rounded_product(x, weight, INNER_ROUNDING, PRODUCT_ROUNDING)
     else:
-        x = round_to(round_to(x, INNER_ROUNDING), PRODUCT_ROUNDING)
+        x = rounded(round_to(x, INNER_ROUNDING), PRODUCT_ROUNDING)
     return x
 
 
@@ -141,7 +141,7 @@ def gated_activation(gate, up, OF: tl.constexpr, PROLOGUE: tl.constexpr):
             up = round_to(up + OFFSET, SIGMOID_ROUNDING)
         active = rounded_product(active, up, INNER_ROUNDING, PRODUCT_ROUNDING)
     else:
-        active = round_to(active, PRODUCT_ROUNDING)
+        active = rounded(active, PRODUCT_ROUNDING)
     return active
 
 
@@ -290,7 +290,7 @@ def value_of(x, factor, weight, other, OF: tl.constexpr, PROLOGUE: tl.constexpr)
                 gate = silu(gate, None)
             else:
                 gate = sigmoid(gate, None)
-            x = round_to(widened(x) * gate, named(PROLOGUE, "gated_rounding"))
+            x = rounded(widened(x) * gate, named(PROLOGUE, "gated_rounding"))
     if KIND == "gated":
         x = gated_activation(widened(x), other, OF, PROLOGUE)
     return x
@@ -333,7 +333,7 @@ def store_quantized(
     PAD_GROUPS: tl.constexpr,
 ):
     """Quantize a tile of (rows, groups, lanes), and store its codes and scales; ``peak`` is the amax where PEAK is ``row``."""
-    PAIRS: tl.constexpr = named(CODES, "pairs") and in_16_bits(x.dtype)
+    PAIRS: tl.constexpr = named(CODES, "pairs")
     if PEAK == "group":
         if x.shape[1] == 1:
             peak = whole_amax(x, WARPS, VECTOR)

@@ -32,6 +32,12 @@ def test_values_that_wait_in_16_bits_take_fewer_registers(dtype):
     assert narrow.registers <= wide.registers - 16
 
 
+def test_products_rounded_to_16_bits_are_held_in_them():
+    """Three programs fit a processor then; of values that are widened to the last, two."""
+    (launch,) = machine_code.launches("gemma -> token", 8192, 16384, "bfloat16")
+    assert machine_code.compiled(launch).programs >= 3
+
+
 def test_fields_of_the_configuration_are_replaced(capsys, tmp_path):
     sass = tmp_path / "kernel.sass"
     site = ["--site", "rms -> token", "--rows", "8", "--row", "4096"]
