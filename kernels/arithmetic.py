@@ -136,9 +136,8 @@ if INTERPRETED:
         return _from_torch(rows.square().sum(1)[:, None, None], tl.float32)
 
     @triton.jit
-    def in_pairs(x):
-        bits = tl.reshape(x.to(tl.uint16, bitcast=True), (x.shape[0], x.shape[1], x.shape[2] // 2, 2))
-        first, second = tl.split(bits)
+    def pair_of(first, second):
+        first, second = first.to(tl.uint16, bitcast=True), second.to(tl.uint16, bitcast=True)
         return (first.to(tl.int32) | (second.to(tl.int32) << 16)).to(tl.int32)
 
     @triton.jit
@@ -621,9 +620,8 @@ else:
         )
 
     @triton.jit
-    def in_pairs(x):
-        """A (rows, groups, lanes) tile of 16-bit values as int32, neighbours along the last axis in pairs."""
-        first, second = tl.split(tl.reshape(x, (x.shape[0], x.shape[1], x.shape[2] // 2, 2)))
+    def pair_of(first, second):
+        """Two tiles of 16-bit values as one of int32, the first in the low half."""
         return tl.inline_asm_elementwise(
             "mov.b32 $0, {$1, $2};", "=r,h,h", [first, second], tl.int32, is_pure=True, pack=1
         )
@@ -687,6 +685,13 @@ else:
             by_warp = tl.max(by_thread.to(tl.int32, bitcast=True), 1).to(tl.float32, bitcast=True)
             peak = tl.full([1, 1, 1], 0.0, tl.float32) + over_warps(by_warp, WARPS, True)
         return peak
+
+
+@triton.jit
+def in_pairs(x):
+    """A (rows, groups, lanes) tile of 16-bit values as int32, neighbours along the last axis in pairs."""
+    first, second = tl.split(tl.reshape(x, (x.shape[0], x.shape[1], x.shape[2] // 2, 2)))
+    return pair_of(first, second)
 
 
 @triton.jit

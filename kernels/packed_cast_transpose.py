@@ -15,7 +15,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .arithmetic import INTERPRETED, cast, high, low, named
+from .arithmetic import INTERPRETED, cast, high, low, named, pair_of
 from .e2m1_pairs import e2m1_four, e2m1_word
 from .fused_quant import load
 from .placement import block_scale_address, code_address
@@ -31,12 +31,6 @@ BLOCK = 32
 # Triton's interpreter runs no PTX: there the same by Triton's own operations, magnitudes as integers, infinity below NaN. Docstrings
 # are with the PTX.
 if INTERPRETED:
-
-    @triton.jit
-    def paired(x):
-        """A tile of 16-bit values as int32, neighbours along the last axis in pairs."""
-        first, second = tl.split(tl.reshape(x.to(tl.uint16, bitcast=True), (x.shape[0], x.shape[1] // 2, 2)))
-        return (first.to(tl.int32) | (second.to(tl.int32) << 16)).to(tl.int32)
 
     @triton.jit
     def without_signs(pairs, F16: tl.constexpr):
@@ -62,14 +56,6 @@ if INTERPRETED:
         return fp8_byte(first, dtype) | (fp8_byte(second, dtype) << 8)
 
 else:
-
-    @triton.jit
-    def paired(x):
-        """A tile of 16-bit values as int32, neighbours along the last axis in pairs."""
-        first, second = tl.split(tl.reshape(x, (x.shape[0], x.shape[1] // 2, 2)))
-        return tl.inline_asm_elementwise(
-            "mov.b32 $0, {$1, $2};", "=r,h,h", [first, second], tl.int32, is_pure=True, pack=1
-        )
 
     @triton.jit
     def without_signs(pairs, F16: tl.constexpr):
@@ -123,6 +109,13 @@ else:
             is_pure=True,
             pack=1,
         )
+
+
+@triton.jit
+def paired(x):
+    """A tile of 16-bit values as int32, neighbours along the last axis in pairs."""
+    first, second = tl.split(tl.reshape(x, (x.shape[0], x.shape[1] // 2, 2)))
+    return pair_of(first, second)
 
 
 @triton.jit
