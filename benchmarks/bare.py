@@ -1,8 +1,8 @@
 """What a cell's bytes cost: the fastest kernel that only reads its inputs and writes its outputs.
 
 It converts each value to the type of the codes and computes nothing else, so no fused kernel can be faster, and the distance
-to it is what the arithmetic costs. Where the transpose is quantized as well, it reads a tile once and writes its codes in
-both orders; of FP4 codes, which no cast makes, it writes bytes of the right number, taken from the bits of the values.
+to it is what the arithmetic costs. Of FP4 codes, which no cast makes, it writes bytes of the right number, taken from the bits
+of the values. Where the transpose is quantized as well, it reads a tile once and writes its codes in both orders.
 """
 
 # mypy: allow-untyped-defs, allow-untyped-calls, allow-untyped-decorators
@@ -56,10 +56,7 @@ def bare_kernel(
     BLOCK: tl.constexpr,
     SCALES: tl.constexpr,
 ):
-    """One program: BLOCK of the (M, N) values and its share of the scales; x has rows of 2N values if WIDE.
-
-    No cast makes FP4 codes: their bytes are taken from the values' bits.
-    """
+    """One program: BLOCK of the (M, N) values and its share of the scales; x has rows of 2N values if WIDE."""
     program = tl.program_id(0).to(tl.int64)
     at = program * BLOCK + tl.arange(0, BLOCK)
     mask = at < values

@@ -10,7 +10,7 @@ from .patterns.values import tensor
 from .sites import FusedSite, Miss, Report
 from .specs import DTYPE_NAMES
 
-_ANY = (8, 0)  # fma.rn.bf16x2
+_ANY = (8, 6)  # max.NaN.xorsign.abs.bf16x2
 _FP8 = (8, 9)  # cvt.rn.satfinite.e4m3x2.f32
 _CONVERTED = (torch.float8_e4m3fn, torch.float8_e5m2)
 

@@ -145,7 +145,6 @@ if INTERPRETED:
         larger = tl.maximum(tl.abs(low(pairs, F16)), tl.abs(high(pairs, F16)), propagate_nan=tl.PropagateNan.ALL)
         return amax(larger, 2)
 
-
 else:
 
     @triton.jit
@@ -628,7 +627,7 @@ else:
 
     @triton.jit
     def amax_of_pairs(pairs, F16: tl.constexpr):
-        """The amax, in float32, of each group of a (rows, groups, pairs) tile; first of the four pairs of a thread."""
+        """The amax, in float32, of each group of a (rows, groups, pairs) tile, of four pairs or more: of four, which a thread has, then of all."""
         fours = tl.reshape(pairs, (pairs.shape[0], pairs.shape[1], pairs.shape[2] // 4, 4))
         if F16:
             found = tl.reduce(fours, 3, greater_magnitudes_f16)

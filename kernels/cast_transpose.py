@@ -188,11 +188,11 @@ def packs(spec: CastTransposeSpec, dtype: torch.dtype) -> bool:
         return False
     if dtype not in (torch.bfloat16, torch.float16):
         return False
+    if quantizer.e2m1 is not None:
+        return fp4_of_pairs(quantizer, dtype)
     rounded = quantizer.rounding is not Rounding.CAST or quantizer.quotient is not torch.float32
     if rounded or quantizer.adds_zero or quantizer.clamp_low is not None:
         return False
-    if quantizer.e2m1 is not None:
-        return fp4_of_pairs(quantizer, dtype)
     if quantizer.divides or not is_power_of_two(quantizer.factor):
         return False
     known = quantizer.code in (torch.float8_e4m3fn, torch.float8_e5m2)

@@ -77,10 +77,11 @@ def _every_amax(dtype: torch.dtype) -> torch.Tensor:
 
 
 def quantizes_fp4_pairs(spec: FusedSpec, input_dtype: torch.dtype) -> bool:
-    """Whether FP4 codes of a spec's values are those of pairs."""
+    """Whether FP4 codes of a spec's values, and their amaxes, are formed from pairs."""
     quantizer = spec.quantizer
-    exact = quantizer.rounding is Rounding.CAST and quantizer.quotient is torch.float32
-    return exact and quantizer.group is not None and fp4_of_pairs(quantizer, _value_dtype(spec, input_dtype))
+    # Four codes are stored at once, and amaxes found of eight values first.
+    fits = quantizer.group is not None and quantizer.group % 4 == 0 and quantizer.group >= 8
+    return fits and fp4_of_pairs(quantizer, _value_dtype(spec, input_dtype))
 
 
 def int8_needs_no_bounds(spec: FusedSpec, input_dtype: torch.dtype) -> bool:
@@ -106,6 +107,8 @@ def fp4_of_pairs(quantizer: Quantizer, dtype: torch.dtype) -> bool:
     """Whether :mod:`fusion_pass.kernels.e2m1_pairs` has the codes of values of a dtype: FP4, by powers of two."""
     e2m1 = quantizer.e2m1
     if e2m1 is None or dtype not in (torch.bfloat16, torch.float16):
+        return False
+    if quantizer.rounding is not Rounding.CAST or quantizer.quotient is not torch.float32:
         return False
     # Codes saturate at 6 whether or not values are clamped.
     bounded = quantizer.clamp_low is not None or (quantizer.clamp is not None and quantizer.clamp < 6.0)

@@ -31,7 +31,7 @@ else:
 
     @triton.jit
     def e2m1_four(a, b, first, second, F16: tl.constexpr, CODES: tl.constexpr):
-        """The E2M1 codes of two pairs times two powers of two, as bytes: those of ``a``'s and ``b``'s first values, then of their second."""
+        """The E2M1 codes of two pairs times two powers of two, as bytes: of the first of ``a``, of ``b``, then of their second."""
         TIES: tl.constexpr = named(CODES, "ties")
         SIGN: tl.constexpr = named(CODES, "sign")
         NAN_CODE: tl.constexpr = named(CODES, "nan_code")
@@ -112,8 +112,8 @@ else:
     def e2m1_by_subnormals(a, b, TIES: tl.constexpr, SIGN: tl.constexpr, NAN_CODE: tl.constexpr):
         """The codes next to pairs of f32, each in the low bits of its half; halves go away from zero or towards it.
 
-        The values have no more bits than a bf16. In f16 times 2^-14, the values below 1 are subnormal as in E2M1, so that rounding is an addition to the bits; a NaN that min
-        keeps becomes 0 there.
+        The values have no more bits than a bf16. In f16 times 2^-14, the values below 1 are subnormal as in E2M1, so that rounding is
+        an addition to the bits; a NaN that min keeps becomes 0 there.
         """
         HALF: tl.constexpr = 0x01000100 if TIES == "away" else 0x00FF00FF
         tl.static_assert(NAN_CODE == 7 or NAN_CODE == 0)

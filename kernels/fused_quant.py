@@ -351,24 +351,23 @@ def store_quantized(
         factor, scale = evaluate(peak, given, PROGRAM)
         first, second = tl.split(tl.reshape(in_pairs(x), (x.shape[0], x.shape[1], x.shape[2] // 4, 2)))
         code = e2m1_word(first, second, factor, x.dtype == tl.float16, CODES)
-    else:
-        code, scale = quantized(
-            widened(x), peak, given, present if PEAK == "group" else None, PROGRAM, CODES, code_ptr.dtype.element_ty
-        )
-    if PAIRS:
         quads = tl.arange(0, lanes.shape[2] // 4)[None, None, :]
         # Told so, Triton leaves the two words of a thread's eight values to it.
         at = rows * (N // 4) + groups * (GROUP // 4) + quads // 2 * 2 + quads % 2
         words = code_ptr.to(tl.pointer_type(tl.int16), bitcast=True)
         tl.store(words + at, code, present & (quads < GROUP // 4))
-    elif named(CODES, "ties") is None:
-        # Told that no more are neighbours, Triton leaves the values to the threads that hold them for the other outputs.
-        at = lanes if VECTOR == 16 else lanes // VECTOR * VECTOR + lanes % VECTOR
-        tl.store(code_ptr + rows * N + groups * GROUP + at, code, mask)
     else:
-        pairs = tl.arange(0, lanes.shape[2] // 2)[None, None, :]
-        at = rows * (N // 2) + groups * (GROUP // 2) + pairs
-        tl.store(code_ptr + at, code, present & (pairs < GROUP // 2))
+        code, scale = quantized(
+            widened(x), peak, given, present if PEAK == "group" else None, PROGRAM, CODES, code_ptr.dtype.element_ty
+        )
+        if named(CODES, "ties") is None:
+            # Told that no more are neighbours, Triton leaves the values to the threads that hold them for the other outputs.
+            at = lanes if VECTOR == 16 else lanes // VECTOR * VECTOR + lanes % VECTOR
+            tl.store(code_ptr + rows * N + groups * GROUP + at, code, mask)
+        else:
+            pairs = tl.arange(0, lanes.shape[2] // 2)[None, None, :]
+            at = rows * (N // 2) + groups * (GROUP // 2) + pairs
+            tl.store(code_ptr + at, code, present & (pairs < GROUP // 2))
     if scale_ptr is not None:
         if PEAK == "row":
             at = rows

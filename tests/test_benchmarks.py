@@ -105,6 +105,21 @@ def test_bare_traffic_in_both_directions(device):
             assert made.numel() == wanted.numel() and (made == 1).all()
 
 
+@pytest.mark.parametrize("site", ["none -> mxfp4", "silu*mul -> mxfp4"])
+def test_bare_bytes_of_pairs(site, device):
+    """Each byte has bits of both values whose codes are there: what changes one changes it, and no other."""
+    case = case_named(site)
+    inputs = case.inputs(3, 192, torch.bfloat16, device)
+    for block in (64, 512):
+        run = bare.bare(case, block, 1)
+        before = run(*inputs)
+        assert before[0].shape == (3, 96) and before[0].dtype == case.run(*inputs)[0].dtype
+        for row, column in ((0, 0), (1, 130), (2, 191)):
+            x = inputs[0].clone()
+            x.view(torch.int16)[row, column] ^= -1
+            assert (run(x, *inputs[1:])[0] != before[0]).nonzero().tolist() == [[row, column // 2]]
+
+
 def test_bare_bytes_of_pairs_in_both_directions(device):
     """Each byte has bits of both values whose codes are there: what changes one changes it, and no other."""
     case = case_named("none -> mxfp4-both")

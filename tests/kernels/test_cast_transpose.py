@@ -1,17 +1,20 @@
 """The cast-transpose: both directions of one read against the quantization of x and of its transpose, layouts included."""
 
 import itertools
+import random
 from dataclasses import replace
 
 import pytest
 import torch
 from fusion_pass.kernels.cast_transpose import launch, packs, plain
-from fusion_pass.kernels.cheaper_scales import cheaper
+from fusion_pass.kernels.cheaper_scales import cheaper, quantizes_fp4_pairs, with_cheaper_scales
+from fusion_pass.kernels.launch import launch as fused_quant
+from fusion_pass.kernels.reference import reference
 
 from fusion_pass import layouts, ops
 from fusion_pass.cast_transpose import BlockScales, CastTransposeSpec, Placement
 from fusion_pass.mx_specs import Multiplier, ScaleMode, mx_quantizer, nvfp4_quantizer
-from fusion_pass.specs import E2M1, Quantizer, Sign, SpecError, Ties
+from fusion_pass.specs import E2M1, FusedSpec, NoPrologue, Quantizer, Sign, SpecError, Ties
 from fusion_pass.terms import Term
 from fusion_pass.testing import compare
 
@@ -77,6 +80,20 @@ def test_every_value_of_16_bits(name, dtype, device):
     check(CastTransposeSpec(QUANTIZERS[name]), bits.view(64, 1024))
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("name", [name for name in BY_PAIRS_OF_BF16 if QUANTIZERS[name].e2m1 is not None])
+def test_every_value_of_16_bits_by_rows(name, dtype, device):
+    """In the interpreter, which takes long for many programs, 16 rows of them."""
+    bits = torch.arange(65536, dtype=torch.int32).to(torch.int16).view(dtype).to(device)
+    spec = FusedSpec(NoPrologue(), QUANTIZERS[name])
+    for x in (bits.view(2048, 32), bits.view(64, 1024)):
+        if device == "cpu":
+            step = len(x) // 16
+            x = x[random.randrange(step) :: step]
+        result = compare(fused_quant(spec, x), reference(spec, x))
+        assert result.equal, f"{spec}: {result}"
+
+
 @pytest.mark.parametrize("name", QUANTIZERS)
 def test_what_pairs_are_for(name):
     def takes(dtype):
@@ -84,6 +101,10 @@ def test_what_pairs_are_for(name):
 
     assert takes(torch.bfloat16) == (name in BY_PAIRS_OF_BF16)
     assert takes(torch.float16) == (name in BY_PAIRS_OF_BF16 and name not in NOT_OF_F16)
+    if QUANTIZERS[name].e2m1 is not None:
+        for dtype in (torch.bfloat16, torch.float16):
+            spec = with_cheaper_scales(FusedSpec(NoPrologue(), QUANTIZERS[name]), dtype)
+            assert quantizes_fp4_pairs(spec, dtype) == takes(dtype)
 
 
 @pytest.mark.parametrize("nan_code", [4, 7])

@@ -10,6 +10,7 @@ from fusion_pass.kernels.cheaper_scales import (
     cheaper,
     int8_needs_no_bounds,
     pairs_have_factors,
+    quantizes_fp4_pairs,
     with_cheaper_scales,
 )
 from fusion_pass.kernels.launch import launch
@@ -273,3 +274,31 @@ def test_int8_codes_that_need_no_bounds(rule, floor, dtype, device):
 )
 def test_int8_codes_that_may_need_bounds(quantizer, dtype):
     assert not int8_needs_no_bounds(FusedSpec(NoPrologue(), quantizer), dtype)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "prologue", "taken"),
+    [
+        (BF16, NoPrologue(), True),
+        (F32, NoPrologue(), False),
+        (BF16, RMSNorm(1e-6, normalized=BF16, product=BF16), True),
+        (BF16, RMSNorm(1e-6, product=F16), True),
+        (BF16, RMSNorm(1e-6), False),
+        (F16, GatedActivation(product=F16), True),
+        (F16, GatedActivation(), False),
+    ],
+    ids=str,
+)
+def test_fp4_codes_of_pairs_are_of_values_in_16_bits(dtype, prologue, taken):
+    spec = with_cheaper_scales(FusedSpec(prologue, mx_quantizer(FP4)), dtype)
+    assert quantizes_fp4_pairs(spec, dtype) == taken
+
+
+@pytest.mark.parametrize("block", [2, 4, 6, 8, 10, 12, 16, 18, 24, 32])
+def test_fp4_blocks_of_any_length(block, device):
+    """Codes of pairs are stored by words of four, which not all blocks have."""
+    spec = FusedSpec(NoPrologue(), mx_quantizer(FP4, block=block))
+    assert quantizes_fp4_pairs(with_cheaper_scales(spec, BF16), BF16) == (block % 4 == 0 and block >= 8)
+    x = torch.randn(3, 5 * block, device=device).to(BF16)
+    result = compare(launch(spec, x), reference(spec, x))
+    assert result.equal, result

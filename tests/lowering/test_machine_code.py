@@ -38,6 +38,28 @@ def test_products_rounded_to_16_bits_are_held_in_them():
     assert machine_code.compiled(launch).programs >= 3
 
 
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_fp4_codes_of_pairs_take_fewer_instructions(dtype):
+    """Of single values they take 315."""
+    (launch,) = machine_code.launches("none -> mxfp4", 8192, 4096, dtype)
+    assert machine_code.compiled(launch).instructions < 240
+
+
+@pytest.mark.parametrize(
+    ("site", "capability"),
+    [
+        ("rms -> int8", 86),
+        ("none -> mxfp4", 86),
+        ("silu*mul -> mxfp4", 86),
+        ("none -> mxfp4-both", 86),
+        ("rms -> token", 89),
+    ],
+)
+def test_kernels_compile_for_the_oldest_gpu_that_sites_are_fused_for(site, capability):
+    (launch,) = machine_code.launches(site, 512, 4096, "bfloat16")
+    assert machine_code.compiled(launch, capability).instructions > 100
+
+
 def test_fields_of_the_configuration_are_replaced(capsys, tmp_path):
     sass = tmp_path / "kernel.sass"
     site = ["--site", "rms -> token", "--rows", "8", "--row", "4096"]
