@@ -229,6 +229,11 @@ class RMSNorm:
         if self.residual_sum is not None:
             _require_rounding("residual_sum", self.residual_sum)
 
+    @property
+    def rounded(self) -> torch.dtype:
+        """The dtype to which values are rounded last (float32: not rounded)."""
+        return self.product if self.gate is None else self.gated
+
 
 @dataclass(frozen=True)
 class GatedActivation:

@@ -142,8 +142,7 @@ if INTERPRETED:
 
     @triton.jit
     def amax_of_pairs(pairs, F16: tl.constexpr):
-        larger = tl.maximum(tl.abs(low(pairs, F16)), tl.abs(high(pairs, F16)), propagate_nan=tl.PropagateNan.ALL)
-        return amax(larger, 2)
+        return amax(greater(tl.abs(low(pairs, F16)), tl.abs(high(pairs, F16))), 2)
 
 else:
 
@@ -589,10 +588,6 @@ else:
         return tl.inline_asm_elementwise("abs.f32 $0, $1;", "=f,f", [x], tl.float32, is_pure=True, pack=1)
 
     @triton.jit
-    def greater(a, b):
-        return tl.maximum(a, b, propagate_nan=tl.PropagateNan.ALL)
-
-    @triton.jit
     def half_f16(pair, HALF: tl.constexpr):
         """The f16 in the ``low`` or the ``high`` half, in float32."""
         return tl.inline_asm_elementwise(
@@ -626,23 +621,26 @@ else:
         )
 
     @triton.jit
-    def amax_of_pairs(pairs, F16: tl.constexpr):
-        """The amax, in float32, of each group of a (rows, groups, pairs) tile, of four pairs or more: of four, which a thread has, then of all."""
-        fours = tl.reshape(pairs, (pairs.shape[0], pairs.shape[1], pairs.shape[2] // 4, 4))
+    def greatest_magnitudes(pairs, AXIS: tl.constexpr, F16: tl.constexpr):
+        """The greatest magnitudes of pairs along AXIS, as pairs with signs that mean nothing; NaN if any is."""
         if F16:
-            found = tl.reduce(fours, 3, greater_magnitudes_f16)
+            found = tl.reduce(pairs, AXIS, greater_magnitudes_f16)
         else:
-            found = tl.reduce(fours, 3, greater_magnitudes_bf16)
+            found = tl.reduce(pairs, AXIS, greater_magnitudes_bf16)
+        return found
+
+    @triton.jit
+    def amax_of_pairs(pairs, F16: tl.constexpr):
+        """The amax, in float32, of each group of a (rows, groups, pairs) tile: of four pairs, which a thread has, then of all."""
+        fours = tl.reshape(pairs, (pairs.shape[0], pairs.shape[1], pairs.shape[2] // 4, 4))
+        found = greatest_magnitudes(fours, 3, F16)
         larger = greater(tl.abs(low(found, F16)), tl.abs(high(found, F16)))
         return tl.max(larger.to(tl.int32, bitcast=True), 2, keep_dims=True).to(tl.float32, bitcast=True)
 
     @triton.jit
     def amax_by_thread(pairs, F16: tl.constexpr):
         """The amax, in float32, that each thread has of pairs by pieces, warps, threads and vectors."""
-        if F16:
-            found = tl.reduce(tl.reduce(pairs, 0, greater_magnitudes_f16), 2, greater_magnitudes_f16)
-        else:
-            found = tl.reduce(tl.reduce(pairs, 0, greater_magnitudes_bf16), 2, greater_magnitudes_bf16)
+        found = greatest_magnitudes(greatest_magnitudes(pairs, 0, F16), 2, F16)
         return greater(magnitude(low(found, F16)), magnitude(high(found, F16)))
 
     @triton.jit
@@ -713,6 +711,11 @@ def high(pair, F16: tl.constexpr):
     return value
 
 
+@triton.jit
+def greater(a, b):
+    return tl.maximum(a, b, propagate_nan=tl.PropagateNan.ALL)
+
+
 @triton.constexpr_function
 def in_16_bits(dtype):
     return dtype in (tl.bfloat16, tl.float16)
@@ -723,11 +726,9 @@ def round_to(x, ROUNDING: tl.constexpr):
     """The f32 tile x rounded as a store to the given type and a load back would: f32, bf16 or f16 by name."""
     if ROUNDING == "bf16" and x.shape[2] > 1:
         x = rounded_to_bf16(x)
-    elif ROUNDING == "bf16":
+    else:
         # One value per row is no pair.
-        x = cast(cast(x, tl.bfloat16), tl.float32)
-    elif ROUNDING == "f16":
-        x = cast(cast(x, tl.float16), tl.float32)
+        x = cast(rounded(x, ROUNDING), tl.float32)
     return x
 
 

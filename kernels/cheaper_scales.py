@@ -36,7 +36,7 @@ def _value_dtype(spec: FusedSpec, input_dtype: torch.dtype) -> torch.dtype:
     """The dtype to which values are rounded before their amax is taken."""
     prologue = spec.prologue
     if isinstance(prologue, RMSNorm):
-        return prologue.product if prologue.gate is None else prologue.gated
+        return prologue.rounded
     return prologue.product if isinstance(prologue, GatedActivation) else input_dtype
 
 

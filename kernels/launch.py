@@ -362,7 +362,12 @@ def _whole(quantizer: Quantizer, unbounded: bool) -> str | None:
 
 @cache
 def quantizer_constants(quantizer: Quantizer, unbounded: bool = False, pairs: bool = False) -> dict[str, Any]:
-    """The compile-time arguments that follow from the quantizer, from whether int8 codes need no bounds, and whether FP4's are formed from pairs."""
+    """The compile-time arguments that follow from the quantizer.
+
+    Args:
+        unbounded: int8 codes need no bounds.
+        pairs: FP4 codes, and their amaxes, are formed from pairs.
+    """
     codes = {
         "divides": quantizer.divides,
         "ordinary": _ordinary(quantizer),

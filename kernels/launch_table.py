@@ -136,7 +136,7 @@ def _is_gelu(prologue: GatedActivation) -> bool:
 def _many_norms(spec: FusedSpec, row: int, rows: int, groups: int, lanes: int) -> LaunchConfig:
     """Of rows that are read but not written, where arithmetic is in the way: few threads to a row, so that many fit."""
     values, in_pairs, to_fp4 = groups * lanes, _multiplies_in_pairs(spec.prologue), spec.quantizer.e2m1 is not None
-    rounded_late = not in_pairs and _is_rounded_late(spec.prologue)
+    rounded_late = _is_rounded_late(spec.prologue)
     if values < 8192:
         # A late weight to FP4: 31.7 -> 28.3 us of 8192 rows of 4096.
         wasteful, late = row <= values * 3 // 4, values == 4096 and to_fp4 and rounded_late
@@ -158,8 +158,8 @@ def _many_norms(spec: FusedSpec, row: int, rows: int, groups: int, lanes: int) -
 
 def _is_rounded_late(prologue: Any) -> bool:
     """Whether a norm's product with a weight is of 32 bits, and what is quantized was rounded to 16 after it."""
-    last = prologue.product if prologue.gate is None else prologue.gated
-    return last is not torch.float32 and prologue.weight is not Weight.NONE
+    late = prologue.rounded is not torch.float32 and not _multiplies_in_pairs(prologue)
+    return late and prologue.weight is not Weight.NONE
 
 
 def _multiplies_in_pairs(prologue: Any) -> bool:
