@@ -25,7 +25,7 @@ from fusion_pass.kernels import launch as launching
 from fusion_pass.kernels.launch_table import LaunchConfig, configure, whole_rows
 
 import fusion_pass
-from fusion_pass.specs import FusedSpec
+from fusion_pass.specs import FusedSpec, RMSNorm
 
 import record
 from cases import CASES, Case, case_named
@@ -57,6 +57,7 @@ _CHOICES: dict[str, tuple[Any, ...]] = {
     "late_weight": (False, True),
     "narrow": (False, True),
 }
+_OF_NORMS = ("late_weight", "narrow")
 _VALUES_PER_THREAD = (4, 128)
 # Programs that share a row, and the most rows for which they are tried.
 _PARTS = (2, 4, 8)
@@ -107,14 +108,15 @@ def operands(case: Case, inputs: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor
     return x, other if case.prologue.residual else None, weight, calibrated
 
 
-def candidates(chosen: LaunchConfig, whole: bool) -> Iterator[LaunchConfig]:
+def candidates(chosen: LaunchConfig, whole: bool, norm: bool) -> Iterator[LaunchConfig]:
     """The chosen configuration, then the others with a sensible number of values to a thread.
 
     Args:
         whole: a program must hold whole rows: the number of groups is given.
+        norm: rows are added up: when the weight is read, and what waits for the sum, makes a difference.
     """
     yield chosen
-    fields = [f.name for f in dataclasses.fields(chosen) if f.name in _CHOICES]
+    fields = [f.name for f in dataclasses.fields(chosen) if f.name in _CHOICES and (norm or f.name not in _OF_NORMS)]
     choices = [(chosen.groups,) if name == "groups" and whole else _CHOICES[name] for name in fields]
     least, most = _VALUES_PER_THREAD
     for values in itertools.product(*choices):
@@ -165,7 +167,7 @@ def configurations(key: Key) -> list[LaunchConfig]:
     whole, grouped = whole_rows(spec), spec.quantizer.group is not None
     taken = chosen(key)
     unsplit = unshared(taken, grouped)
-    found = [taken, *candidates(unsplit, whole)]
+    found = [taken, *candidates(unsplit, whole, isinstance(spec.prologue, RMSNorm))]
     if whole and rows <= _SHARED_ROWS:
         found += shared(unsplit, grouped)
     return list(dict.fromkeys(found))
