@@ -634,7 +634,7 @@ else:
         """The amax, in float32, of each group of a (rows, groups, pairs) tile: of four pairs, which a thread has, then of all."""
         fours = tl.reshape(pairs, (pairs.shape[0], pairs.shape[1], pairs.shape[2] // 4, 4))
         found = greatest_magnitudes(fours, 3, F16)
-        larger = greater(tl.abs(low(found, F16)), tl.abs(high(found, F16)))
+        larger = greater(magnitude(low(found, F16)), magnitude(high(found, F16)))
         return tl.max(larger.to(tl.int32, bitcast=True), 2, keep_dims=True).to(tl.float32, bitcast=True)
 
     @triton.jit
