@@ -20,11 +20,12 @@ from fusion_pass.terms import is_power_of_two
 
 from .arithmetic import amax, cast, named, widened
 from .cheaper_scales import cheaper, fp4_of_pairs
-from .fused_quant import load, quantized
+from .fused_quant import quantized
 from .launch import as_codes, overflow, quantizer_constants, rows_of, storable
 from .packed_cast_transpose import BLOCK, TILE_COLUMNS, TILE_ROWS, WARPS, packed_cast_transpose_kernel
 from .placement import block_scale_address, code_address
 from .reference import reference
+from .tiles import load
 
 # Measured on an H200 among tiles of 32 to 128 by 32 to 128.
 _TILE_ROWS = 32

@@ -33,26 +33,7 @@ from .arithmetic import (
 )
 from .e2m1_pairs import e2m1_word
 from .scale_program import evaluate
-
-
-@triton.jit
-def load(ptr, mask):
-    """What lies at the pointers, or zero outside the mask; a mask of None has everything inside."""
-    if mask is None:
-        x = tl.load(ptr)
-    else:
-        x = tl.load(ptr, mask, other=0.0)
-    return x
-
-
-@triton.jit
-def load_at(ptr, at, mask):
-    """What lies at ``ptr + at``, or None if there is no ``ptr``."""
-    if ptr is None:
-        value = None
-    else:
-        value = load(ptr + at, mask)
-    return value
+from .tiles import inside_row, load_tile, vector_of, vectors_of_segments, within
 
 
 @triton.jit
@@ -203,36 +184,6 @@ def store_padding(
     tl.store(scale_ptr + at, zeros, own & has_room(rows, groups, M, GROUPS, PAD_ROWS, PAD_GROUPS))
 
 
-@triton.constexpr_function
-def vector_of(*outputs):
-    """How many neighbouring values a thread holds: 16 codes make a store, of wider outputs fewer values."""
-    widths = [output.dtype.element_ty.primitive_bitwidth // 8 for output in outputs if output is not None]
-    return 16 // max([1, *widths])
-
-
-@triton.jit
-def inside_row(columns, lanes, N: tl.constexpr, GROUP: tl.constexpr, GROUPS: tl.constexpr):
-    """Which lanes of GROUPS groups, one of several such tiles of a row or the only one, are values of it; None if all are."""
-    # Masks cost an instruction for each register that a load fills.
-    if lanes.shape[2] == GROUP and N % (GROUPS * GROUP) == 0:
-        inside = None
-    else:
-        inside = (lanes < GROUP) & (columns < N)
-    return inside
-
-
-@triton.jit
-def within(rows, M, inside, PROGRAM_ROWS: tl.constexpr):
-    """The mask of a tile: None if its program has one row, which is there, and all of whose lanes are inside."""
-    if PROGRAM_ROWS == 1:
-        mask = inside
-    elif inside is None:
-        mask = rows < M
-    else:
-        mask = (rows < M) & inside
-    return mask
-
-
 @triton.jit
 def residual_sum(x, other, sum_ptr, out_at, mask, ROUNDING: tl.constexpr):
     """The tile x + other, rounded, in 16 bits or in float32; unless there is no ``sum_ptr`` it is stored before it is rounded."""
@@ -324,6 +275,7 @@ def store_quantized(
     GROUP: tl.constexpr,
     WARPS: tl.constexpr,
     VECTOR: tl.constexpr,
+    SEGMENT: tl.constexpr,
     PEAK: tl.constexpr,
     PROGRAM: tl.constexpr,
     CODES: tl.constexpr,
@@ -352,8 +304,9 @@ def store_quantized(
         first, second = tl.split(tl.reshape(in_pairs(x), (x.shape[0], x.shape[1], x.shape[2] // 4, 2)))
         code = e2m1_word(first, second, factor, x.dtype == tl.float16, CODES)
         quads = tl.arange(0, lanes.shape[2] // 4)[None, None, :]
-        # Told so, Triton leaves the two words of a thread's eight values to it.
-        at = rows * (N // 4) + groups * (GROUP // 4) + quads // 2 * 2 + quads % 2
+        # Told that no more are neighbours, Triton leaves the words of a thread's values to it.
+        OWN: tl.constexpr = (8 if SEGMENT is None else SEGMENT) // 4
+        at = rows * (N // 4) + groups * (GROUP // 4) + quads // OWN * OWN + quads % OWN
         words = code_ptr.to(tl.pointer_type(tl.int16), bitcast=True)
         tl.store(words + at, code, present & (quads < GROUP // 4))
     else:
@@ -407,6 +360,7 @@ def fused_quant_kernel(
     LANES: tl.constexpr,
     LATE_WEIGHT: tl.constexpr,
     NARROW: tl.constexpr,
+    SEGMENT: tl.constexpr,
     WARPS: tl.constexpr,
     ESTIMATES: tl.constexpr,
     PEAK: tl.constexpr,
@@ -429,7 +383,8 @@ def fused_quant_kernel(
     tensors and what goes with them are None.
 
     With LATE_WEIGHT a norm reads its weight when it has added up the row, until when it takes no registers. With NARROW its
-    values wait for that sum in the 16 bits that they were read in.
+    values wait for that sum in the 16 bits that they were read in. With SEGMENT, each thread reads and quantizes so many
+    neighbours of a program's one row, a part of a group or all: 16-bit values of which FP4 codes are formed from pairs.
     WARPS is the number of warps where a tile is one row, whose values :func:`in_warps` knows how to find in them; else None.
     PEAK says where the amax comes from: each ``group`` of the tile; ``none`` is needed; or one that the whole tensor shares,
     in two launches: the first adds its tiles to it (``store``) and writes no codes, the second reads it (``load``).
@@ -452,16 +407,23 @@ def fused_quant_kernel(
     VECTOR: tl.constexpr = vector_of(sum_ptr, value_ptr)
     inside = inside_row(columns, lanes, N, GROUP, GROUPS)
     mask = within(rows, M, inside, ROWS)
-    x = load(x_ptr + rows * x_stride + columns, mask)
+    if SEGMENT is not None:
+        read = vectors_of_segments(tile * GROUPS * GROUP, GROUP * GROUPS, SEGMENT)
+        read_inside = None if inside is None else read < N
+    else:
+        read = columns
+        read_inside = inside
+    read_mask = within(rows, M, read_inside, ROWS)
+    x = load_tile(x_ptr, rows * x_stride + read, read_mask, ROWS, GROUPS, LANES)
     # Loads do not move before the barriers of a sum: what is not read now is waited for then.
     given = None
     if given_ptr is not None and not LATE_WEIGHT:
         given = tl.load(given_ptr).to(tl.float32)
-    weight = load_at(None if LATE_WEIGHT else weight_ptr, columns, inside)
+    weight = load_tile(None if LATE_WEIGHT else weight_ptr, read, read_inside, 1, GROUPS, LANES)
     OF: tl.constexpr = x.dtype if ESTIMATES else tl.float32
     ADDS: tl.constexpr = adds_residual(PROLOGUE, other_ptr)
-    other_at = rows * other_stride + columns if other_ptr is not None else columns
-    residual = load_at(other_ptr if ADDS else None, other_at, mask)
+    other_at = rows * other_stride + read if other_ptr is not None else read
+    residual = load_tile(other_ptr if ADDS else None, other_at, read_mask, ROWS, GROUPS, LANES)
     x = summed(x, residual, sum_ptr, rows * N + columns, mask, PROLOGUE)
     factor = None
     if named(PROLOGUE, "kind") == "norm":
@@ -469,8 +431,8 @@ def fused_quant_kernel(
         if NARROW:
             x = widened_after(x, factor)
         if LATE_WEIGHT:
-            weight = load_at(weight_ptr, columns, inside)
-    other = load_at(None if ADDS else other_ptr, other_at, mask)
+            weight = load_tile(weight_ptr, read, read_inside, 1, GROUPS, LANES)
+    other = load_tile(None if ADDS else other_ptr, other_at, read_mask, ROWS, GROUPS, LANES)
     x = value_of(x, factor, weight, other, OF, PROLOGUE)
     if PEAK == "store":
         x = widened(x)
@@ -500,6 +462,7 @@ def fused_quant_kernel(
             GROUP,
             WARPS,
             VECTOR,
+            SEGMENT,
             PEAK,
             PROGRAM,
             CODES,

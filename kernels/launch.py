@@ -35,6 +35,7 @@ from .split_rows import fused_quant_split_kernel
 
 _LONGEST_ROW = 65536
 _PAD_SCALES = 1024  # of a program that writes nothing but padding
+_SEGMENT = 16  # neighbouring values of a thread
 
 
 def _in_warps(spec: FusedSpec, row: int, config: LaunchConfig) -> bool:
@@ -44,6 +45,17 @@ def _in_warps(spec: FusedSpec, row: int, config: LaunchConfig) -> bool:
     contiguous = spec.quantizer.group is None or groups == 1 or config.lanes == spec.quantizer.group >= 16
     enough = groups * config.lanes >= 64 * config.warps > 64
     return one_row and contiguous and enough and spec.quantizer.e2m1 is None
+
+
+def _reads_segments(spec: FusedSpec, config: LaunchConfig, input_dtype: torch.dtype) -> bool:
+    """Whether threads read whole segments: of one row in groups of such, each thread at least one, for FP4 codes of pairs.
+
+    Fewer threads then compute each scale. Segments of 32 are fewer instructions still, but 32 bytes are the least that the L1 cache
+    moves: gaps of 48 bytes between a warp's loads take twice its cycles. FP8 codes have segments of 16 without being told.
+    """
+    one_row = config.rows == 1 and config.lanes == spec.quantizer.group and config.lanes % _SEGMENT == 0
+    enough = config.groups * config.lanes >= 32 * config.warps * _SEGMENT
+    return one_row and enough and quantizes_fp4_pairs(spec, input_dtype)
 
 
 def check_row(spec: FusedSpec, row: int) -> None:
@@ -135,9 +147,14 @@ def _divided(spec: FusedSpec, config: LaunchConfig, x: torch.Tensor) -> tuple[tu
     pad_rows, pad_groups = multiples(spec.layout) if pads else (None, None)
     pad_tile = max(config.rows, min(pad_rows or 1, _PAD_SCALES // config.groups)) if pads else None
     if config.parts > 1:
-        of_kernel = {"PARTS": config.parts}
+        of_kernel: dict[str, Any] = {"PARTS": config.parts}
     else:
-        of_kernel = {"ROWS": config.rows, "LATE_WEIGHT": config.late_weight, "NARROW": config.narrow}
+        of_kernel = {
+            "ROWS": config.rows,
+            "LATE_WEIGHT": config.late_weight,
+            "NARROW": config.narrow,
+            "SEGMENT": _SEGMENT if _reads_segments(spec, config, x.dtype) else None,
+        }
     # Three dimensions: Inductor's launchers take no fewer.
     return (*_programs(spec, config, count, columns, pad_tile), 1), {
         "M": count,

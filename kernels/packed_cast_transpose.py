@@ -17,9 +17,9 @@ import triton.language as tl
 
 from .arithmetic import INTERPRETED, cast, high, low, named, pair_of
 from .e2m1_pairs import e2m1_four, e2m1_word
-from .fused_quant import load
 from .placement import block_scale_address, code_address
 from .scale_program import evaluate
+from .tiles import load
 
 # What a launch must know. The device functions are written for these shapes, and have them as numbers.
 TILE_ROWS = 128

@@ -8,17 +8,8 @@ import triton
 import triton.language as tl
 
 from .arithmetic import amax, cast, named, whole_amax
-from .fused_quant import (
-    adds_residual,
-    inside_row,
-    load_at,
-    norm_factor,
-    store_padding,
-    store_quantized,
-    summed,
-    value_of,
-    vector_of,
-)
+from .fused_quant import adds_residual, norm_factor, store_padding, store_quantized, summed, value_of
+from .tiles import inside_row, load_at, vector_of
 
 
 @triton.jit
@@ -116,6 +107,7 @@ def fused_quant_split_kernel(
         GROUP,
         None,
         vector_of(sum_ptr, value_ptr),
+        None,
         PEAK,
         PROGRAM,
         CODES,
