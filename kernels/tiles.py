@@ -7,6 +7,9 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+# Vectors are dealt to threads along one axis of a load first: up to Triton 3.6 along its first, from 3.7 on along the one before the last.
+SEGMENTS_FIRST = tl.constexpr(tuple(map(int, triton.__version__.split(".")[:2])) < (3, 7))
+
 
 @triton.jit
 def load(ptr, mask):
@@ -60,19 +63,22 @@ def within(rows, M, inside, PROGRAM_ROWS: tl.constexpr):
 
 @triton.jit
 def vectors_of_segments(first, VALUES: tl.constexpr, SEGMENT: tl.constexpr):
-    """VALUES columns from the ``first`` on, as (segments, vectors of a segment, 8 values), of which loads of 16 bits give a thread segments.
-
-    Triton hands the vectors of one load to neighbouring threads along the first axis, and only then along the second.
-    """
-    segments = tl.arange(0, VALUES // SEGMENT)[:, None, None]
-    vectors = tl.arange(0, SEGMENT // 8)[None, :, None]
-    return first + segments * SEGMENT + vectors * 8 + tl.arange(0, 8)[None, None, :]
+    """VALUES columns from the ``first`` on, by segments and vectors of 8 values, of which loads of 16 bits give threads segments."""
+    segments = tl.arange(0, VALUES // SEGMENT)
+    vectors = tl.arange(0, SEGMENT // 8)
+    if SEGMENTS_FIRST:
+        at = segments[:, None, None] * SEGMENT + vectors[None, :, None] * 8
+    else:
+        at = segments[None, :, None] * SEGMENT + vectors[:, None, None] * 8
+    return first + at + tl.arange(0, 8)[None, None, :]
 
 
 @triton.jit
 def load_tile(ptr, at, mask, ROWS: tl.constexpr, GROUPS: tl.constexpr, LANES: tl.constexpr):
-    """A (ROWS, GROUPS, LANES) tile of what lies at ``ptr + at``, in this order; None if there is no ``ptr``."""
+    """A (ROWS, GROUPS, LANES) tile of what lies at ``ptr + at``, which is such a tile or one row's vectors; None if there is no ``ptr``."""
     value = load_at(ptr, at, mask)
     if value is not None and value.shape[2] != LANES:
+        if not SEGMENTS_FIRST:
+            value = tl.permute(value, (1, 0, 2))
         value = tl.reshape(value, (ROWS, GROUPS, LANES))
     return value
