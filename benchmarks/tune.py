@@ -22,6 +22,7 @@ from unittest import mock
 
 import torch
 from fusion_pass.kernels import launch as launching
+from fusion_pass.kernels.cheaper_scales import with_cheaper_scales
 from fusion_pass.kernels.launch_table import LaunchConfig, configure, whole_rows
 
 import fusion_pass
@@ -158,7 +159,8 @@ def compile_one(site: str, rows: int, row: int, dtype: str, config: LaunchConfig
 def chosen(key: Key) -> LaunchConfig:
     """The configuration that a launch at this size takes."""
     site, rows, row, dtype = key
-    return configure(recognised(site, row, getattr(torch, dtype)), row, rows)
+    of = getattr(torch, dtype)
+    return configure(with_cheaper_scales(recognised(site, row, of), of), row, rows)
 
 
 def configurations(key: Key) -> list[LaunchConfig]:

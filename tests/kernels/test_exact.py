@@ -9,7 +9,7 @@ import pytest
 import torch
 import triton
 import triton.language as tl
-from fusion_pass.kernels import arithmetic
+from fusion_pass.kernels import arithmetic, launch_table
 from fusion_pass.kernels import launch as launching
 from fusion_pass.kernels.launch import configure, launch, rows_of
 from fusion_pass.kernels.reference import reference
@@ -189,6 +189,27 @@ def test_layouts(layout, shape, quantizer, device):
     if layout is ScaleLayout.PACKED and quantizer is not BYTES:
         return
     check(FusedSpec(NoPrologue(), quantizer, layout), shape, BF16, device)
+
+
+@pytest.mark.parametrize(
+    ("quantizer", "layout"),
+    [
+        *((Quantizer.dynamic(group=128), layout) for layout in ScaleLayout if layout is not ScaleLayout.PACKED),
+        (BYTES, ScaleLayout.ROW),
+        (BYTES, ScaleLayout.BLOCKED),
+        (dataclasses.replace(BYTES, group=128), ScaleLayout.PACKED),
+        (Quantizer.static(), ScaleLayout.ROW),
+    ],
+    ids=lambda given: given.value if isinstance(given, ScaleLayout) else str(given.group),
+)
+@pytest.mark.parametrize("prologue", ["none", "silu"])
+def test_tiles_of_many_rows(prologue, quantizer, layout, monkeypatch, device):
+    """Of a row, of a part of one and of rows that leave lanes idle, in the configurations for thousands of them."""
+    monkeypatch.setattr(launch_table, "_amount", lambda rows, row: launch_table.Amount.MANY)
+    spec = FusedSpec(prologues(device, BF16)[prologue], quantizer, layout)
+    for shape in [(3, 4096), (2, 3072), (2, 7168), (1, 14336)]:
+        assert configure(spec, shape[-1]).groups * configure(spec, shape[-1]).lanes >= 1024
+        check(spec, shape, BF16, device)
 
 
 @pytest.mark.parametrize("prologue", ["add norm", "add norm, sum unrounded", "norm", "silu"])
