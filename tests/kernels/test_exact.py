@@ -205,7 +205,7 @@ def test_layouts(layout, shape, quantizer, device):
 @pytest.mark.parametrize("prologue", ["none", "silu"])
 def test_tiles_of_many_rows(prologue, quantizer, layout, monkeypatch, device):
     """Of a row, of a part of one and of rows that leave lanes idle, in the configurations for thousands of them."""
-    monkeypatch.setattr(launch_table, "_amount", lambda rows, row: launch_table.Amount.MANY)
+    monkeypatch.setattr(launch_table, "_amount", lambda *_: launch_table.Amount.MANY)
     spec = FusedSpec(prologues(device, BF16)[prologue], quantizer, layout)
     for shape in [(3, 4096), (2, 3072), (2, 7168), (1, 14336)]:
         assert configure(spec, shape[-1]).groups * configure(spec, shape[-1]).lanes >= 1024
