@@ -160,7 +160,7 @@ def chosen(key: Key) -> LaunchConfig:
     """The configuration that a launch at this size takes."""
     site, rows, row, dtype = key
     of = getattr(torch, dtype)
-    return configure(with_cheaper_scales(recognised(site, row, of), of), row, rows)
+    return configure(with_cheaper_scales(recognised(site, row, of), of), row, rows, of)
 
 
 def configurations(key: Key) -> list[LaunchConfig]:

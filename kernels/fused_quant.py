@@ -33,7 +33,7 @@ from .arithmetic import (
 )
 from .e2m1_pairs import e2m1_word
 from .scale_program import evaluate
-from .tiles import inside_row, load_tile, vector_of, vectors_of_segments, within
+from .tiles import as_tile, inside_row, load_at, load_tile, vector_of, vectors_of_segments, within
 
 
 @triton.jit
@@ -384,7 +384,7 @@ def fused_quant_kernel(
 
     With LATE_WEIGHT a norm reads its weight when it has added up the row, until when it takes no registers. With NARROW its
     values wait for that sum in the 16 bits that they were read in. With SEGMENT, each thread reads and quantizes so many
-    neighbours of a program's one row, a part of a group or all: 16-bit values of which FP4 codes are formed from pairs.
+    neighbours of a program's one row, a part of a group or all: values of which FP4 codes are formed from pairs.
     WARPS is the number of warps where a tile is one row, whose values :func:`in_warps` knows how to find in them; else None.
     PEAK says where the amax comes from: each ``group`` of the tile; ``none`` is needed; or one that the whole tensor shares,
     in two launches: the first adds its tiles to it (``store``) and writes no codes, the second reads it (``load``).
@@ -414,7 +414,7 @@ def fused_quant_kernel(
         read = columns
         read_inside = inside
     read_mask = within(rows, M, read_inside, ROWS)
-    x = load_tile(x_ptr, rows * x_stride + read, read_mask, ROWS, GROUPS, LANES)
+    x = load_at(x_ptr, rows * x_stride + read, read_mask)
     # Loads do not move before the barriers of a sum: what is not read now is waited for then.
     given = None
     if given_ptr is not None and not LATE_WEIGHT:
@@ -423,8 +423,8 @@ def fused_quant_kernel(
     OF: tl.constexpr = x.dtype if ESTIMATES else tl.float32
     ADDS: tl.constexpr = adds_residual(PROLOGUE, other_ptr)
     other_at = rows * other_stride + read if other_ptr is not None else read
-    residual = load_tile(other_ptr if ADDS else None, other_at, read_mask, ROWS, GROUPS, LANES)
-    x = summed(x, residual, sum_ptr, rows * N + columns, mask, PROLOGUE)
+    residual = load_at(other_ptr if ADDS else None, other_at, read_mask)
+    x = as_tile(summed(x, residual, sum_ptr, rows * N + read, read_mask, PROLOGUE), ROWS, GROUPS, LANES)
     factor = None
     if named(PROLOGUE, "kind") == "norm":
         factor = norm_factor(x, M, N, GROUP, WARPS, VECTOR, PROLOGUE)

@@ -50,12 +50,12 @@ def _in_warps(spec: FusedSpec, row: int, config: LaunchConfig) -> bool:
 def _reads_segments(spec: FusedSpec, config: LaunchConfig, input_dtype: torch.dtype) -> bool:
     """Whether threads read whole segments: of one row in groups of such, each thread at least one, for FP4 codes of pairs.
 
-    Fewer threads then compute each scale. Segments of 32 are fewer instructions still, but 32 bytes are the least that the L1 cache
-    moves: gaps of 48 bytes between a warp's loads take twice its cycles. FP8 codes have segments of 16 without being told.
+    Fewer threads then compute each scale. Segments of 32 are fewer instructions still, but loads that lie 64 bytes apart take twice the
+    cycles of L1. FP8 codes have segments of 16 without being told. A value that is stored, too, would be exchanged between threads.
     """
     one_row = config.rows == 1 and config.lanes == spec.quantizer.group and config.lanes % _SEGMENT == 0
     enough = config.groups * config.lanes >= 32 * config.warps * _SEGMENT
-    return one_row and enough and quantizes_fp4_pairs(spec, input_dtype)
+    return one_row and enough and spec.value_output is None and quantizes_fp4_pairs(spec, input_dtype)
 
 
 def check_row(spec: FusedSpec, row: int) -> None:
@@ -101,7 +101,7 @@ def launch_into_buffers(
     spec = with_cheaper_scales(spec, x.dtype)
     x, x_stride = rows_of(x)
     other, other_stride = (None, None) if other is None else rows_of(other)
-    config = configure(spec, x.shape[-1], x.numel() // x.shape[-1])
+    config = configure(spec, x.shape[-1], x.numel() // x.shape[-1], x.dtype)
     grid, division = _divided(spec, config, x)
     outputs = _buffers(spec, x, filled=division["PAD_ROWS"] is None)
     named = dict(zip(output_names(spec), outputs, strict=True))

@@ -25,7 +25,7 @@ from fusion_pass.specs import (
     Weight,
 )
 
-from .cheaper_scales import fp4_of_pairs
+from .cheaper_scales import quantizes_fp4_pairs
 
 # Values that a program holds, where 1 x 1024 tiles and one 4096-value row are nearest the floor.
 _TILE_VALUES = 1024
@@ -65,25 +65,25 @@ class Amount(enum.Enum):
     MANY = "many"  # rows enough for programs that take several
 
 
-def configure(spec: FusedSpec, row: int, rows: Any = None) -> LaunchConfig:
-    """The launch configuration for ``rows`` rows of ``row`` values; a number that is not known as one integer is None or symbolic."""
+def configure(spec: FusedSpec, row: int, rows: Any = None, dtype: torch.dtype = torch.bfloat16) -> LaunchConfig:
+    """The launch configuration for ``rows`` rows of ``row`` values of ``dtype``; a number not known as one integer is None or symbolic."""
     # Tiles without a prologue, 2048 rows: MXFP8 of 4096 8.1 -> 7.9 us, static of 7168 12.6 -> 12.3, packed of 14336 23.6 -> 23.1.
     many = _MANY_ROWS // 2 if isinstance(spec.prologue, NoPrologue) and not whole_rows(spec) else _MANY_ROWS
-    return _configured(spec, row, _amount(rows, row, many), _parts(spec, row, rows))
+    return _configured(spec, row, _amount(rows, row, many), _parts(spec, row, rows), quantizes_fp4_pairs(spec, dtype))
 
 
 @cache
-def _configured(spec: FusedSpec, row: int, amount: Amount, parts: int) -> LaunchConfig:
+def _configured(spec: FusedSpec, row: int, amount: Amount, parts: int, pairs: bool) -> LaunchConfig:
     groups, lanes = _powers_of_two(spec, row)
     if not whole_rows(spec):
-        return _tiles(spec, row, groups, lanes, amount)
+        return _tiles(spec, row, groups, lanes, amount, pairs)
     if parts > 1:
         return _split(spec, groups, lanes, parts)
     values = groups * lanes
     # Short rows leave lanes idle unless several share a program.
     rows = max(1, 1024 // values)
     if isinstance(spec.prologue, RMSNorm) and not _adds(spec.prologue):
-        if _forms_pairs(spec) and amount is not Amount.FEW:
+        if pairs and amount is not Amount.FEW:
             return _norms_to_pairs(spec.prologue, row, rows, groups, lanes, amount)
         if amount is Amount.MANY:
             return _many_norms(spec, row, rows, groups, lanes)
@@ -98,8 +98,12 @@ def _powers_of_two(spec: FusedSpec, row: int) -> tuple[int, int]:
     return triton.next_power_of_2(-(-row // group)), triton.next_power_of_2(group)
 
 
-def _tiles(spec: FusedSpec, row: int, groups: int, lanes: int, amount: Amount) -> LaunchConfig:
-    """Of a few whole groups; of several rows where scales of neighbouring rows are neighbours in memory."""
+def _tiles(spec: FusedSpec, row: int, groups: int, lanes: int, amount: Amount, pairs: bool) -> LaunchConfig:
+    """Of whole groups, few or all of a row; of several rows where scales of neighbouring rows are neighbours in memory.
+
+    Args:
+        pairs: FP4 codes are formed from pairs.
+    """
     few, gated = amount is Amount.FEW, isinstance(spec.prologue, GatedActivation)
     values, rows, per_thread = _TILE_VALUES, 1, 8 if few or gated else 16
     if few and gated:
@@ -107,9 +111,9 @@ def _tiles(spec: FusedSpec, row: int, groups: int, lanes: int, amount: Amount) -
         rows = 2 if spec.layout in (ScaleLayout.COLUMN, ScaleLayout.TMA) and lanes >= 128 else 1
     elif few and _is_static(spec):
         values = 2 * _TILE_VALUES
-    elif (large := _large_tile(spec, row, lanes, amount)) is not None:
+    elif (large := _large_tile(spec, row, lanes, amount, pairs)) is not None:
         # FP4 of 8192 rows of 7168: 38.2 -> 36.1 us.
-        values, per_thread = large, 32 if _forms_pairs(spec) and row != 4 * _TILE_VALUES else 16
+        values, per_thread = large, 32 if pairs and row != 4 * _TILE_VALUES else 16
     elif spec.layout is ScaleLayout.PACKED:
         # Four neighbours in a row are one word, and a tile with all of them writes it at once.
         per_thread = 16
@@ -123,7 +127,7 @@ def _tiles(spec: FusedSpec, row: int, groups: int, lanes: int, amount: Amount) -
     return LaunchConfig(rows, groups, lanes, _warps(rows * groups * lanes, per_thread))
 
 
-def _large_tile(spec: FusedSpec, row: int, lanes: int, amount: Amount) -> int | None:
+def _large_tile(spec: FusedSpec, row: int, lanes: int, amount: Amount, pairs: bool) -> int | None:
     """How many values of many rows a program takes, where more than the usual were faster: whole rows, unless they are long."""
     static, gated = _is_static(spec), isinstance(spec.prologue, GatedActivation)
     if amount is not Amount.MANY or (spec.quantizer.group is None and not static):
@@ -132,32 +136,28 @@ def _large_tile(spec: FusedSpec, row: int, lanes: int, amount: Amount) -> int | 
         return None
     if lanes < 128 and spec.layout not in (ScaleLayout.ROW, ScaleLayout.BLOCKED):
         return None
+    held = row if spec.quantizer.group is None else row // spec.quantizer.group * lanes
     if not gated:
-        # 8192 rows, us: MXFP8 of 4096 26.1 -> 25.4, of 7168 44.9 -> 42.4, per group column-major 44.8 -> 44.1, static of 14336 85.5 -> 83.5.
-        return _tile_of(row, 8 * _TILE_VALUES, 0.5 if static else 0.7)
+        # 8192 rows, us: MXFP8 of 4096 26.1 -> 25.4, of 7168 44.9 -> 42.4, TMA-aligned 44.8 -> 44.1, static of 14336 85.5 -> 83.5.
+        return _tile_of(held, 8 * _TILE_VALUES, 0.5 if static else 0.7)
     if spec.layout is ScaleLayout.PACKED:
         return None
-    if _is_gelu(spec.prologue) and not static and not _forms_pairs(spec):
+    if _is_gelu(spec.prologue) and not static and not pairs:
         values = 2 * _TILE_VALUES
         return values if lanes >= 128 and row % values == 0 else None
     # MXFP8 of 16384 rows of 2880 61.2 -> 56.9 us, of 8192 rows of 7168 71.0 -> 69.8, static of 4096 41.0 -> 39.7.
-    return _tile_of(row, 4 * _TILE_VALUES, 0.7 if static or lanes < 128 else 0.8)
+    return _tile_of(held, 4 * _TILE_VALUES, 0.7 if static or lanes < 128 else 0.8)
 
 
-def _tile_of(row: int, most: int, filled: float) -> int | None:
-    """A tile for a whole row, or for ``most`` values of a longer one, if rows fill such tiles to so large a part."""
-    values = min(triton.next_power_of_2(row), most)
-    return values if row >= filled * values * -(-row // values) else None
+def _tile_of(held: int, most: int, filled: float) -> int | None:
+    """A tile for all lanes that hold a row, or for ``most`` of them, if rows fill such tiles to so large a part."""
+    values = min(triton.next_power_of_2(held), most)
+    return values if held >= filled * values * -(-held // values) else None
 
 
 def _is_static(spec: FusedSpec) -> bool:
     """Whether one given scale is that of all values."""
     return spec.quantizer.group is None and not spec.quantizer.needs_amax
-
-
-def _forms_pairs(spec: FusedSpec) -> bool:
-    """Whether FP4 codes of 16-bit values are formed from pairs."""
-    return fp4_of_pairs(spec.quantizer, torch.bfloat16)
 
 
 def _is_gelu(prologue: Any) -> bool:
@@ -166,17 +166,17 @@ def _is_gelu(prologue: Any) -> bool:
 
 def _many_norms(spec: FusedSpec, row: int, rows: int, groups: int, lanes: int) -> LaunchConfig:
     """Of rows that are read but not written, where arithmetic is in the way: few threads to a row, so that many fit."""
-    values, in_pairs = groups * lanes, _multiplies_in_pairs(spec.prologue)
+    values, in_pairs, to_fp4 = groups * lanes, _multiplies_in_pairs(spec.prologue), spec.quantizer.e2m1 is not None
     rounded_late = _is_rounded_late(spec.prologue)
     if values < 8192:
-        wasteful = row <= values * 3 // 4
+        wasteful, late = row <= values * 3 // 4, values == 4096 and to_fp4 and rounded_late
         narrow = values == 4096 and lanes >= 128 and in_pairs and (wasteful or groups > 1)
-        return LaunchConfig(rows, groups, lanes, _warps(rows * values, 64 if wasteful else 32), narrow=narrow)
+        return LaunchConfig(rows, groups, lanes, _warps(rows * values, 64 if wasteful else 32), late, narrow)
     if values == 8192:
         # Of short groups two narrow warps are 47.5 -> 44.8 us with Triton 3.6, but 47.6 -> 51.0 with 3.9.
         narrow = in_pairs or (rounded_late and lanes >= 128)
         # What lies between amax and scale is computed for every 16 values of a group: short groups want more threads.
-        halved = row == values or (groups == 1 if in_pairs else lanes < 128)
+        halved = row == values or to_fp4 or (groups == 1 if in_pairs else lanes < 128)
         return LaunchConfig(1, groups, lanes, _warps(values, 64 if halved else 128), not narrow, narrow)
     # Values that are as wide after the sum as they would be during it save few registers; newer Tritons make more of them.
     late, narrow = row != values, row == values or not (in_pairs or spec.quantizer.needs_amax)
@@ -187,7 +187,7 @@ def _many_norms(spec: FusedSpec, row: int, rows: int, groups: int, lanes: int) -
     elif rounded_late:
         # Static, 16384 rows of 16384: 189.6 -> 187.6 us.
         late, narrow = True, row == values
-    return LaunchConfig(1, groups, lanes, _warps(values, 128), late, narrow)
+    return LaunchConfig(1, groups, lanes, _warps(values, 64 if to_fp4 and rounded_late else 128), late, narrow)
 
 
 def _norms_to_pairs(prologue: RMSNorm, row: int, rows: int, groups: int, lanes: int, amount: Amount) -> LaunchConfig:
@@ -308,7 +308,7 @@ def whole_rows(spec: FusedSpec) -> bool:
 
 
 def group_length(spec: FusedSpec, row: int) -> int:
-    """Values per group of a tile; where a whole tensor shares the scale, as many as a program holds."""
+    """Values per group of a tile; where a whole tensor shares the scale, of which tiles have one or more, as many as suit a program."""
     if spec.quantizer.group is not None:
         return spec.quantizer.group
     return row if whole_rows(spec) else min(triton.next_power_of_2(row), _TILE_VALUES)

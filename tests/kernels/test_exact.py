@@ -195,6 +195,7 @@ def test_layouts(layout, shape, quantizer, device):
     ("quantizer", "layout"),
     [
         *((Quantizer.dynamic(group=128), layout) for layout in ScaleLayout if layout is not ScaleLayout.PACKED),
+        (Quantizer.dynamic(group=48), ScaleLayout.ROW),
         (BYTES, ScaleLayout.ROW),
         (BYTES, ScaleLayout.BLOCKED),
         (dataclasses.replace(BYTES, group=128), ScaleLayout.PACKED),
@@ -207,8 +208,11 @@ def test_tiles_of_many_rows(prologue, quantizer, layout, monkeypatch, device):
     """Of a row, of a part of one and of rows that leave lanes idle, in the configurations for thousands of them."""
     monkeypatch.setattr(launch_table, "_amount", lambda *_: launch_table.Amount.MANY)
     spec = FusedSpec(prologues(device, BF16)[prologue], quantizer, layout)
-    for shape in [(3, 4096), (2, 3072), (2, 7168), (1, 14336)]:
-        assert configure(spec, shape[-1]).groups * configure(spec, shape[-1]).lanes >= 1024
+    shapes = [(2, 3072), (1, 10560)] if quantizer.group == 48 else [(3, 4096), (2, 3072), (2, 7168), (1, 14336)]
+    configs = [configure(spec, row) for _, row in shapes]
+    largest = 8192 if prologue == "none" else 1024 if layout is ScaleLayout.PACKED else 4096
+    assert max(config.groups * config.lanes for config in configs) == largest
+    for shape in shapes:
         check(spec, shape, BF16, device)
 
 

@@ -221,22 +221,24 @@ def test_prologues_and_layouts(quantizer, layout, device):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_threads_that_read_segments(quantizer, dtype, monkeypatch, device):
     """Of rows that fill their tiles and rows that do not, with a scale for a thread's values and for those of two."""
-    chosen, reads_segments, seen = launching.configure, launching._reads_segments, []
+    chosen, reads_segments, seen, fields = launching.configure, launching._reads_segments, [], {}
 
     def configured(*arguments):
         config = chosen(*arguments)
-        return dataclasses.replace(config, rows=1, warps=max(1, config.groups * config.lanes // 1024), late_weight=True)
+        warps = max(1, config.groups * config.lanes // 1024)
+        return dataclasses.replace(config, rows=1, warps=warps, **fields)
 
     monkeypatch.setattr(launching, "configure", configured)
     monkeypatch.setattr(launching, "_reads_segments", lambda *a: seen.append(reads_segments(*a)) or seen[-1])
-    for shape in [(3, 1024), (2, 1536), (5, 864)]:
+    for shape, late, narrow in [((3, 1024), True, False), ((2, 1536), False, True), ((5, 864), False, False)]:
+        fields.update(late_weight=late, narrow=narrow)
         x, other = (spelled.exact_rows(*shape, device=device, dtype=dtype) for _ in range(2))
         weight = torch.randn(shape[-1], device=device).to(dtype)
         check(FusedSpec(NoPrologue(), quantizer, ScaleLayout.BLOCKED), x)
         check(FusedSpec(GatedActivation(product=dtype), quantizer), x, other)
         check(FusedSpec(RMSNorm(1e-6, normalized=dtype, product=dtype), quantizer), x, weight=weight)
         add = RMSNorm(1e-6, weight=Weight.ONE_PLUS, residual_sum=dtype, product=dtype)
-        check(FusedSpec(add, quantizer, sum_output=dtype, value_output=dtype), x, other, weight)
+        check(FusedSpec(add, quantizer, sum_output=dtype), x, other, weight)
     assert seen and set(seen) == {dtype is torch.bfloat16 or quantizer is not TE}
 
 
