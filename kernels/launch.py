@@ -50,8 +50,8 @@ def _in_warps(spec: FusedSpec, row: int, config: LaunchConfig) -> bool:
 def _reads_segments(spec: FusedSpec, config: LaunchConfig, input_dtype: torch.dtype) -> bool:
     """Whether threads read whole segments: of one row in groups of such, each thread at least one, for FP4 codes of pairs.
 
-    Fewer threads then compute each scale. Segments of 32 are fewer instructions still, but loads that lie 64 bytes apart take twice the
-    cycles of L1. FP8 codes have segments of 16 without being told. A value that is stored, too, would be exchanged between threads.
+    Fewer threads then compute each scale. Segments of 32 are fewer instructions still, but a warp's loads, 64 bytes apart, touch twice the
+    lines: slower. FP8 codes have segments of 16 without being told. A value that is stored, too, would be exchanged between threads.
     """
     one_row = config.rows == 1 and config.lanes == spec.quantizer.group and config.lanes % _SEGMENT == 0
     enough = config.groups * config.lanes >= 32 * config.warps * _SEGMENT
@@ -83,8 +83,8 @@ def launch(
         given: one float, the calibrated scale that the quantizer's terms read.
 
     Returns:
-        codes (..., N), or for FP4 (..., N // 2); the scale if the spec returns one: (..., N // group), as its layout stores it, or (1,) for a whole
-        tensor; then the residual sum and the prologue's value if the spec asks for them. All contiguous.
+        codes (..., N), or for FP4 (..., N // 2); the scale if the spec returns one: (..., N // group), as its layout stores it, or (1,)
+        for a whole tensor; then the residual sum and the prologue's value if the spec asks for them. All contiguous.
     """
     return finish(spec, launch_into_buffers(spec, x, other, weight, given))
 
