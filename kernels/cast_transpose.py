@@ -15,11 +15,10 @@ import triton.language as tl
 
 from fusion_pass.cast_transpose import BlockScales, CastTransposeSpec, Placement
 from fusion_pass.layouts import pack_blocked, pack_mfma_shuffled, pack_mx_shuffled
-from fusion_pass.specs import FusedSpec, NoPrologue, Quantizer, Rounding
-from fusion_pass.terms import is_power_of_two
+from fusion_pass.specs import FusedSpec, NoPrologue, Quantizer
 
 from .arithmetic import amax, cast, named, widened
-from .cheaper_scales import cheaper, fp4_of_pairs
+from .cheaper_scales import casts_by_powers_of_two, cheaper, fp4_of_pairs
 from .fused_quant import quantized
 from .launch import as_codes, overflow, quantizer_constants, rows_of, storable
 from .packed_cast_transpose import BLOCK, TILE_COLUMNS, TILE_ROWS, WARPS, packed_cast_transpose_kernel
@@ -191,10 +190,7 @@ def packs(spec: CastTransposeSpec, dtype: torch.dtype) -> bool:
         return False
     if quantizer.e2m1 is not None:
         return fp4_of_pairs(quantizer, dtype)
-    rounded = quantizer.rounding is not Rounding.CAST or quantizer.quotient is not torch.float32
-    if rounded or quantizer.adds_zero or quantizer.clamp_low is not None:
-        return False
-    if quantizer.divides or not is_power_of_two(quantizer.factor):
+    if not casts_by_powers_of_two(quantizer):
         return False
     known = quantizer.code in (torch.float8_e4m3fn, torch.float8_e5m2)
     # Casts saturate, here always.

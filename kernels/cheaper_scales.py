@@ -103,16 +103,19 @@ def int8_needs_no_bounds(spec: FusedSpec, input_dtype: torch.dtype) -> bool:
     return True
 
 
+def casts_by_powers_of_two(quantizer: Quantizer) -> bool:
+    """Whether codes are casts of products with powers of two: not rounded before, and bounded by magnitude if at all."""
+    exact = quantizer.quotient is torch.float32 and not quantizer.divides and is_power_of_two(quantizer.factor)
+    return exact and quantizer.rounding is Rounding.CAST and not quantizer.adds_zero and quantizer.clamp_low is None
+
+
 def fp4_of_pairs(quantizer: Quantizer, dtype: torch.dtype) -> bool:
     """Whether :mod:`fusion_pass.kernels.e2m1_pairs` has the codes of values of a dtype: FP4, by powers of two."""
     e2m1 = quantizer.e2m1
     if e2m1 is None or dtype not in (torch.bfloat16, torch.float16):
         return False
-    if quantizer.rounding is not Rounding.CAST or quantizer.quotient is not torch.float32:
-        return False
     # Codes saturate at 6 whether or not values are clamped.
-    bounded = quantizer.clamp_low is not None or (quantizer.clamp is not None and quantizer.clamp < 6.0)
-    if bounded or quantizer.adds_zero or quantizer.divides or not is_power_of_two(quantizer.factor):
+    if not casts_by_powers_of_two(quantizer) or (quantizer.clamp is not None and quantizer.clamp < 6.0):
         return False
     if e2m1.ties is not Ties.EVEN:
         return e2m1.sign in (Sign.KEPT, Sign.NEGATIVE) and e2m1.nan_code in (0, 7) and dtype is torch.bfloat16

@@ -68,13 +68,14 @@ class Amount(enum.Enum):
 def configure(spec: FusedSpec, row: int, rows: Any = None, dtype: torch.dtype = torch.bfloat16) -> LaunchConfig:
     """The launch configuration for ``rows`` rows of ``row`` values of ``dtype``; a number not known as one integer is None or symbolic."""
     # Tiles without a prologue, 2048 rows: MXFP8 of 4096 8.1 -> 7.9 us, static of 7168 12.6 -> 12.3, packed of 14336 23.6 -> 23.1.
-    many = _MANY_ROWS // 2 if isinstance(spec.prologue, NoPrologue) and not whole_rows(spec) else _MANY_ROWS
-    return _configured(spec, row, _amount(rows, row, many), _parts(spec, row, rows), quantizes_fp4_pairs(spec, dtype))
+    many = _MANY_ROWS // 2 if isinstance(spec.prologue, NoPrologue) else _MANY_ROWS
+    return _configured(spec, row, _amount(rows, row, many), _parts(spec, row, rows), dtype)
 
 
 @cache
-def _configured(spec: FusedSpec, row: int, amount: Amount, parts: int, pairs: bool) -> LaunchConfig:
+def _configured(spec: FusedSpec, row: int, amount: Amount, parts: int, dtype: torch.dtype) -> LaunchConfig:
     groups, lanes = _powers_of_two(spec, row)
+    pairs = quantizes_fp4_pairs(spec, dtype)
     if not whole_rows(spec):
         return _tiles(spec, row, groups, lanes, amount, pairs)
     if parts > 1:
@@ -84,7 +85,7 @@ def _configured(spec: FusedSpec, row: int, amount: Amount, parts: int, pairs: bo
     rows = max(1, 1024 // values)
     if isinstance(spec.prologue, RMSNorm) and not _adds(spec.prologue):
         if pairs and amount is not Amount.FEW:
-            return _norms_to_pairs(spec.prologue, row, rows, groups, lanes, amount)
+            return _norms_to_pairs(spec.prologue, row, rows, groups, lanes, amount is Amount.MANY)
         if amount is Amount.MANY:
             return _many_norms(spec, row, rows, groups, lanes)
     late = _late_by_table(spec, row, values, amount)
@@ -190,17 +191,16 @@ def _many_norms(spec: FusedSpec, row: int, rows: int, groups: int, lanes: int) -
     return LaunchConfig(1, groups, lanes, _warps(values, 64 if to_fp4 and rounded_late else 128), late, narrow)
 
 
-def _norms_to_pairs(prologue: RMSNorm, row: int, rows: int, groups: int, lanes: int, amount: Amount) -> LaunchConfig:
+def _norms_to_pairs(prologue: RMSNorm, row: int, rows: int, groups: int, lanes: int, many: bool) -> LaunchConfig:
     """As :func:`_many_norms`, for FP4 codes of pairs, of which a thread has 16 neighbours."""
-    values, in_pairs, many = groups * lanes, _multiplies_in_pairs(prologue), amount is Amount.MANY
-    late = values >= 4096 and not in_pairs
+    values, in_pairs = groups * lanes, _multiplies_in_pairs(prologue)
     if values < 4096 or (values == 4096 and not many):
         return LaunchConfig(rows, groups, lanes, _warps(rows * values, 32), narrow=many and in_pairs)
     if values >= 16384:
         # Of 8192 rows of 16384 narrow and late 89.6 -> 86.0 us; where products are of 32 bits, late alone is 91.3, with both 95.0.
         return LaunchConfig(1, groups, lanes, _warps(values, 128), True, in_pairs or row != values)
     per_thread = 128 if many and values == 8192 and not (in_pairs and row == values) else 64
-    return LaunchConfig(1, groups, lanes, _warps(values, per_thread), late, many and in_pairs)
+    return LaunchConfig(1, groups, lanes, _warps(values, per_thread), not in_pairs, many and in_pairs)
 
 
 def _is_rounded_late(prologue: Any) -> bool:
