@@ -131,7 +131,7 @@ if INTERPRETED:
     def whole_amax(x, WARPS, VECTOR):
         return amax(widened(x), 2)
 
-    def sum_of_squares(x, GROUP, N, WARPS, VECTOR):
+    def sum_of_squares(x, GROUP, N, WARPS, VECTOR, SEGMENT):
         rows = _to_torch(x)[:, :, : int(GROUP)].flatten(1)[:, : int(N)]
         return _from_torch(rows.square().sum(1)[:, None, None], tl.float32)
 
@@ -471,13 +471,38 @@ else:
         return x.to(tl.int32)
 
     @triton.jit
-    def sum_of_squares(x, GROUP: tl.constexpr, N: tl.constexpr, WARPS: tl.constexpr, VECTOR: tl.constexpr):
-        """The sum of squares of each row of a (rows, groups, lanes) tile whose lanes beyond the row are zero."""
-        if WARPS is None:
-            total = tl.sum(tl.sum(x * x, 2, keep_dims=True), 1, keep_dims=True)
+    def add_squares(total, x):
+        """``total``, if there is one, and the squares along the last axis of x, each added to those before it by one fma."""
+        if x.shape[-1] == 1:
+            x = tl.reshape(x, x.shape[:-1])
+            total = x * x if total is None else tl.fma(x, x, total)
         else:
-            by_warp = tl.sum(tl.sum(tl.sum(in_warps(x * x, WARPS, VECTOR), 3), 0), 1)
+            even, odd = tl.split(tl.reshape(x, x.shape[:-1] + [x.shape[-1] // 2, 2]))  # noqa: RUF005  # Triton unpacks nothing.
+            total = add_squares(add_squares(total, even), odd)
+        return total
+
+    @triton.jit
+    def sum_of_squares(
+        x,
+        GROUP: tl.constexpr,
+        N: tl.constexpr,
+        WARPS: tl.constexpr,
+        VECTOR: tl.constexpr,
+        SEGMENT: tl.constexpr,
+    ):
+        """The sum of squares of each row of a (rows, groups, lanes) tile whose lanes beyond the row are zero.
+
+        Where it is known which values a thread has, it adds them one after the other. Triton from 3.9 on would add them in a tree:
+        more instructions, and loads that are of no use to it, of the weight, wait until it is through.
+        """
+        if WARPS is not None:
+            by_warp = tl.sum(tl.sum(add_squares(None, in_warps(x, WARPS, VECTOR)), 0), 1)
             total = tl.full([1, 1, 1], 0.0, tl.float32) + over_warps(by_warp, WARPS, False)
+        elif SEGMENT is not None:
+            segments = tl.reshape(x, (1, x.shape[1] * x.shape[2] // SEGMENT, SEGMENT))
+            total = tl.sum(add_squares(None, segments), 1)[:, None, None]
+        else:
+            total = tl.sum(tl.sum(x * x, 2, keep_dims=True), 1, keep_dims=True)
         return total
 
     @triton.jit

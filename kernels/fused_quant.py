@@ -218,10 +218,18 @@ def summed(x, other, sum_ptr, out_at, mask, PROLOGUE: tl.constexpr):
 
 @triton.jit
 def norm_factor(
-    x, M, N: tl.constexpr, GROUP: tl.constexpr, WARPS: tl.constexpr, VECTOR: tl.constexpr, PROLOGUE: tl.constexpr
+    x,
+    M,
+    N: tl.constexpr,
+    GROUP: tl.constexpr,
+    WARPS: tl.constexpr,
+    VECTOR: tl.constexpr,
+    SEGMENT: tl.constexpr,
+    PROLOGUE: tl.constexpr,
 ):
     """What a norm multiplies each row of a tile of whole rows with, see :func:`root_factor`."""
-    mean = mean_of_squares(sum_of_squares(widened(x), GROUP, N, WARPS, VECTOR), M, N, named(PROLOGUE, "mean"))
+    squares = sum_of_squares(widened(x), GROUP, N, WARPS, VECTOR, SEGMENT)
+    mean = mean_of_squares(squares, M, N, named(PROLOGUE, "mean"))
     return root_factor(mean + named(PROLOGUE, "eps"), PROLOGUE)
 
 
@@ -427,7 +435,7 @@ def fused_quant_kernel(
     x = as_tile(summed(x, residual, sum_ptr, rows * N + read, read_mask, PROLOGUE), ROWS, GROUPS, LANES)
     factor = None
     if named(PROLOGUE, "kind") == "norm":
-        factor = norm_factor(x, M, N, GROUP, WARPS, VECTOR, PROLOGUE)
+        factor = norm_factor(x, M, N, GROUP, WARPS, VECTOR, SEGMENT, PROLOGUE)
         if NARROW:
             x = widened_after(x, factor)
         if LATE_WEIGHT:

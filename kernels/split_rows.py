@@ -81,7 +81,7 @@ def fused_quant_split_kernel(
     whole = summed(row_x, row_other, None, None, None, PROLOGUE)
     factor = None
     if named(PROLOGUE, "kind") == "norm":
-        factor = norm_factor(whole, M, N, GROUP, WARPS, VECTOR, PROLOGUE)
+        factor = norm_factor(whole, M, N, GROUP, WARPS, VECTOR, None, PROLOGUE)
     peak = None
     if PEAK == "row":
         peak = amax(whole_amax(value_of(whole, factor, row_weight, row_other, OF, PROLOGUE), WARPS, VECTOR), 1)
