@@ -238,8 +238,11 @@ def test_threads_that_read_segments(quantizer, dtype, monkeypatch, device):
         check(FusedSpec(GatedActivation(product=dtype), quantizer), x, other)
         check(FusedSpec(RMSNorm(1e-6, normalized=dtype, product=dtype), quantizer), x, weight=weight)
         add = RMSNorm(1e-6, weight=Weight.ONE_PLUS, residual_sum=dtype, product=dtype)
-        check(FusedSpec(add, quantizer, sum_output=dtype), x, other, weight)
+        check(FusedSpec(add, quantizer), x, other, weight)
     assert seen and set(seen) == {dtype is torch.bfloat16 or quantizer is not TE}
+    seen.clear()
+    check(FusedSpec(add, quantizer, sum_output=dtype), x, other, weight)
+    assert seen and not any(seen), "a sum is stored in other vectors than a segment's"
 
 
 def test_specs_travel_as_text():
