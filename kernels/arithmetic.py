@@ -492,7 +492,7 @@ else:
     ):
         """The sum of squares of each row of a (rows, groups, lanes) tile whose lanes beyond the row are zero.
 
-        Where it is known which values a thread has, it adds them one after the other. Triton from 3.9 on would add them in a tree:
+        Where it is known which values a thread has, it adds them one after the other. Triton from 3.8 on would add them in a tree:
         more instructions, and loads that are of no use to it, of the weight, wait until it is through.
         """
         if WARPS is not None:

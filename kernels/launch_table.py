@@ -32,6 +32,8 @@ _TILE_VALUES = 1024
 _FEW_VALUES = 1 << 20
 _MANY_ROWS = 4096
 _MOST_ROWS_SHARED = 64
+# From Triton 3.7 on, most of a weight that is to be read with its row is read while the row is added up: docs/tuning.md.
+_READS_TOGETHER = tuple(map(int, triton.__version__.split(".")[:2])) < (3, 7)
 
 
 @dataclass(frozen=True)
@@ -67,8 +69,10 @@ class Amount(enum.Enum):
 
 def configure(spec: FusedSpec, row: int, rows: Any = None, dtype: torch.dtype = torch.bfloat16) -> LaunchConfig:
     """The launch configuration for ``rows`` rows of ``row`` values of ``dtype``; a number not known as one integer is None or symbolic."""
-    # Tiles without a prologue, 2048 rows: MXFP8 of 4096 8.1 -> 7.9 us, static of 7168 12.6 -> 12.3, packed of 14336 23.6 -> 23.1.
-    many = _MANY_ROWS // 2 if isinstance(spec.prologue, NoPrologue) else _MANY_ROWS
+    many = _MANY_ROWS
+    if isinstance(spec.prologue, NoPrologue) and spec.layout not in (ScaleLayout.COLUMN, ScaleLayout.TMA):
+        # 2048 rows, us: MXFP8 of 4096 8.1 -> 7.9, static of 7168 12.6 -> 12.3, packed of 14336 23.6 -> 23.1; TMA-aligned 12.7 -> 12.9.
+        many = _MANY_ROWS // 2
     return _configured(spec, row, _amount(rows, row, many), _parts(spec, row, rows), dtype)
 
 
@@ -87,7 +91,7 @@ def _configured(spec: FusedSpec, row: int, amount: Amount, parts: int, dtype: to
         if pairs and amount is not Amount.FEW:
             return _norms_to_pairs(spec.prologue, row, rows, groups, lanes, amount is Amount.MANY)
         if amount is Amount.MANY:
-            return _many_norms(spec, row, rows, groups, lanes)
+            return _many_norms(spec, row, rows, groups, lanes, dtype)
     late = _late_by_table(spec, row, values, amount)
     per_thread = 32 if late else _values_per_thread(spec, row, values, amount)
     return LaunchConfig(rows, groups, lanes, _warps(rows * values, per_thread), late_weight=late)
@@ -165,25 +169,30 @@ def _is_gelu(prologue: Any) -> bool:
     return prologue.activation in (Activation.GELU, Activation.GELU_TANH)
 
 
-def _many_norms(spec: FusedSpec, row: int, rows: int, groups: int, lanes: int) -> LaunchConfig:
+def _many_norms(spec: FusedSpec, row: int, rows: int, groups: int, lanes: int, dtype: torch.dtype) -> LaunchConfig:
     """Of rows that are read but not written, where arithmetic is in the way: few threads to a row, so that many fit."""
     values, in_pairs, to_fp4 = groups * lanes, _multiplies_in_pairs(spec.prologue), spec.quantizer.e2m1 is not None
-    rounded_late = _is_rounded_late(spec.prologue)
+    rounded_late, short_fp4 = _is_rounded_late(spec.prologue), to_fp4 and lanes < 128
     if values < 8192:
         wasteful, late = row <= values * 3 // 4, values == 4096 and to_fp4 and rounded_late
-        narrow = values == 4096 and lanes >= 128 and in_pairs and (wasteful or groups > 1)
+        # MXFP8 of 8192 rows of 3072 is 22.0 us, narrow 22.7; of 4096 25.7 both, blocked 26.6 and 26.4, Gemma's norm 27.5 and 26.8.
+        of_filled = not short_fp4 and (rounded_late or (in_pairs and groups > 1))
+        narrow = values == 4096 and (in_pairs and lanes >= 128 if wasteful else of_filled)
         return LaunchConfig(rows, groups, lanes, _warps(rows * values, 64 if wasteful else 32), late, narrow)
     if values == 8192:
-        # Of short groups two narrow warps are 47.5 -> 44.8 us with Triton 3.6, but 47.6 -> 51.0 with 3.9.
-        narrow = in_pairs or (rounded_late and lanes >= 128)
-        # What lies between amax and scale is computed for every 16 values of a group: short groups want more threads.
-        halved = row == values or to_fp4 or (groups == 1 if in_pairs else lanes < 128)
+        narrow = in_pairs or (rounded_late and not short_fp4)
+        if groups > 1 and not _READS_TOGETHER and dtype is torch.bfloat16:
+            # MXFP8, 8192 rows, narrow and with a late weight, us: RMSNorm of 5120 35.0, 33.6 (Triton 3.6: 33.2, 33.6), Gemma's norm
+            # of 5120 37.1, 34.2 (33.7, 34.8), of 7168 47.4, 45.9 (44.5, 47.9), per group of 8192 55.5, 52.9 (52.2, 53.3).
+            narrow = False
+        halved = row == values or to_fp4 or (groups == 1 if in_pairs else lanes < 128 and not rounded_late)
         return LaunchConfig(1, groups, lanes, _warps(values, 64 if halved else 128), not narrow, narrow)
     # Values that are as wide after the sum as they would be during it save few registers; newer Tritons make more of them.
     late, narrow = row != values, row == values or not (in_pairs or spec.quantizer.needs_amax)
-    if rounded_late and spec.quantizer.needs_amax:
-        # 8192 rows: per token of 14336 narrow 88.2 us, with a late weight 93.2, per group 98.2 and 94.3, of 16384 108.9 and 102.6.
-        narrow = groups == 1
+    if spec.quantizer.needs_amax and (in_pairs or rounded_late):
+        # 8192 rows of 14336, us, with a late weight and narrow: per group 89.9, 91.8, per token 86.0, 85.7, blocked MXFP8 92.9, 87.4;
+        # products of 32 bits: per group 94.0, 98.1, per token 93.2, 88.1, blocked MXFP8 93.8, 90.0.
+        narrow = (in_pairs and row == values) or (not to_fp4 and (groups == 1 or lanes < 128))
         late = not narrow
     elif rounded_late:
         # Static, 16384 rows of 16384: 189.6 -> 187.6 us.
@@ -199,7 +208,7 @@ def _norms_to_pairs(prologue: RMSNorm, row: int, rows: int, groups: int, lanes: 
     if values >= 16384:
         # Of 8192 rows of 16384 narrow and late 89.6 -> 86.0 us; where products are of 32 bits, late alone is 91.3, with both 95.0.
         return LaunchConfig(1, groups, lanes, _warps(values, 128), True, in_pairs or row != values)
-    per_thread = 128 if many and values == 8192 and not (in_pairs and row == values) else 64
+    per_thread = 128 if many and row < values == 8192 else 64
     return LaunchConfig(1, groups, lanes, _warps(values, per_thread), not in_pairs, many and in_pairs)
 
 
@@ -265,8 +274,9 @@ def _values_per_thread(spec: FusedSpec, row: int, values: int, amount: Amount) -
     if isinstance(spec.prologue, GatedActivation):
         return _gated_values_per_thread(spec.prologue, values, wasteful, amount)
     if few and values <= 8192:
-        # Eight warps, unless that leaves a thread less than a vector.
-        return max(8, values // 256)
+        # Eight warps, unless that leaves a thread less than a vector, or has more share a scale: 32 x 2048 to MXFP8 1.53 -> 1.47 us.
+        shares = values == 2048 and spec.quantizer.group is not None and not _adds(spec.prologue)
+        return 16 if shares else max(8, values // 256)
     if _adds(spec.prologue):
         return 32 if values < 8192 else 64 if values == 8192 or amount is Amount.UNKNOWN else 128
     return 32 if values < 8192 or (values == 8192 and not wasteful) else 64
