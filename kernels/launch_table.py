@@ -26,6 +26,7 @@ from fusion_pass.specs import (
 )
 
 from .cheaper_scales import quantizes_fp4_pairs
+from .tiles import TRITON
 
 # Values that a program holds, where 1 x 1024 tiles and one 4096-value row are nearest the floor.
 _TILE_VALUES = 1024
@@ -33,7 +34,7 @@ _FEW_VALUES = 1 << 20
 _MANY_ROWS = 4096
 _MOST_ROWS_SHARED = 64
 # From Triton 3.7 on, most of a weight that is to be read with its row is read while the row is added up: docs/tuning.md.
-_READS_TOGETHER = tuple(map(int, triton.__version__.split(".")[:2])) < (3, 7)
+_READS_TOGETHER = TRITON < (3, 7)
 
 
 @dataclass(frozen=True)
