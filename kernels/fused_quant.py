@@ -33,7 +33,7 @@ from .arithmetic import (
 )
 from .e2m1_pairs import e2m1_word
 from .scale_program import evaluate
-from .tiles import as_tile, inside_row, load_at, load_tile, vector_of, vectors_of_segments, within
+from .tiles import inside_row, load_tile, vector_of, vectors_of_segments, within
 
 
 @triton.jit
@@ -422,7 +422,7 @@ def fused_quant_kernel(
         read = columns
         read_inside = inside
     read_mask = within(rows, M, read_inside, ROWS)
-    x = load_at(x_ptr, rows * x_stride + read, read_mask)
+    x = load_tile(x_ptr, rows * x_stride + read, read_mask, ROWS, GROUPS, LANES)
     # Loads do not move before the barriers of a sum: what is not read now is waited for then.
     given = None
     if given_ptr is not None and not LATE_WEIGHT:
@@ -431,8 +431,8 @@ def fused_quant_kernel(
     OF: tl.constexpr = x.dtype if ESTIMATES else tl.float32
     ADDS: tl.constexpr = adds_residual(PROLOGUE, other_ptr)
     other_at = rows * other_stride + read if other_ptr is not None else read
-    residual = load_at(other_ptr if ADDS else None, other_at, read_mask)
-    x = as_tile(summed(x, residual, sum_ptr, rows * N + read, read_mask, PROLOGUE), ROWS, GROUPS, LANES)
+    residual = load_tile(other_ptr if ADDS else None, other_at, read_mask, ROWS, GROUPS, LANES)
+    x = summed(x, residual, sum_ptr, rows * N + columns, mask, PROLOGUE)
     factor = None
     if named(PROLOGUE, "kind") == "norm":
         factor = norm_factor(x, M, N, GROUP, WARPS, VECTOR, SEGMENT, PROLOGUE)

@@ -75,19 +75,11 @@ def vectors_of_segments(first, VALUES: tl.constexpr, SEGMENT: tl.constexpr):
 
 
 @triton.jit
-def as_tile(x, ROWS: tl.constexpr, GROUPS: tl.constexpr, LANES: tl.constexpr):
-    """A (ROWS, GROUPS, LANES) tile of one, or of what :func:`vectors_of_segments` has of one row."""
-    if x.shape[2] != LANES:
-        if not SEGMENTS_FIRST:
-            x = tl.permute(x, (1, 0, 2))
-        x = tl.reshape(x, (ROWS, GROUPS, LANES))
-    return x
-
-
-@triton.jit
 def load_tile(ptr, at, mask, ROWS: tl.constexpr, GROUPS: tl.constexpr, LANES: tl.constexpr):
-    """A tile of what lies at ``ptr + at``, see :func:`as_tile`; None if there is no ``ptr``."""
+    """A (ROWS, GROUPS, LANES) tile of what lies at ``ptr + at``, which is such a tile or one row's vectors; None if there is no ``ptr``."""
     value = load_at(ptr, at, mask)
-    if value is not None:
-        value = as_tile(value, ROWS, GROUPS, LANES)
+    if value is not None and value.shape[2] != LANES:
+        if not SEGMENTS_FIRST:
+            value = tl.permute(value, (1, 0, 2))
+        value = tl.reshape(value, (ROWS, GROUPS, LANES))
     return value
