@@ -240,11 +240,12 @@ def _candidates(quantizer: Quantizer) -> Iterator[Quantizer]:
     is_block = quantizer.granularity is Granularity.GROUP and quantizer.code in ELEMENTS and not quantizer.divides
     if is_block and quantizer.scale is not None and quantizer.scale_dtype is torch.uint8:
         yield from _mx_candidates(quantizer, quantizer.scale)
-    factor, scale = (
-        term and _replaced(term, ("exp2", "pow2"), _power_by_bits) for term in (quantizer.factor, quantizer.scale)
-    )
-    if factor is not None and (factor, scale) != (quantizer.factor, quantizer.scale):
-        yield replace(quantizer, factor=factor, scale=scale)
+    terms = (quantizer.factor, quantizer.scale)
+    inverted = tuple(term and _replaced(term, ("reciprocal",), _reciprocal_by_bits) for term in terms)
+    for changed in dict.fromkeys((inverted, terms)):
+        factor, scale = (term and _replaced(term, ("exp2", "pow2"), _power_by_bits) for term in changed)
+        if factor is not None and (factor, scale) != terms:
+            yield replace(quantizer, factor=factor, scale=scale)
 
 
 def _mx_candidates(quantizer: Quantizer, scale: Term) -> Iterator[Quantizer]:
@@ -279,3 +280,13 @@ def _power_by_bits(power: Term) -> Term:
     carried = Term("add", (Term("bits", (x,)), 0x7FFFFF))
     rounded = Term("from_bits", (Term("bit_and", (carried, 0x7F800000)),))
     return Term("where", (Term("isnan", (x,)), x, rounded))
+
+
+def _reciprocal_by_bits(reciprocal: Term) -> Term:
+    """``1 / x`` of a power of two by its exponent: zero of infinity, and NaN stays NaN; a division has a slow path."""
+    x = reciprocal.args[0]
+    if not is_power_of_two(x):
+        return reciprocal
+    # The bits of 2^k are (127 + k) << 23.
+    exponent = Term("sub", (254 << 23, Term("bits", (x,))))
+    return Term("where", (Term("isnan", (x,)), x, Term("from_bits", (Term("max", (exponent, 0)),))))

@@ -123,7 +123,18 @@ def test_powers_of_two_without_logarithms(rule, dtype, device):
     quantizer = Quantizer.dynamic(group=128, amax_floor=1e-4, power_of_two=PowerOfTwo.CEIL, quotient_rule=rule)
     found = cheaper(quantizer, dtype)
     assert "log2" not in program(found.factor, found.scale)
+    assert "reciprocal" not in program(found.factor, found.scale)
     assert_same(quantizer, found, dtype, device)
+
+
+def test_reciprocals_that_bits_do_not_have(device):
+    """Of 2^127."""
+    power = parse("exp2(ceil(log2(max(amax, 1.0))))")
+    quantizer = replace(Quantizer.dynamic(group=128), scale=power, factor=Term("reciprocal", (power,)), divides=False)
+    found = cheaper(quantizer, BF16)
+    assert "log2" not in program(found.factor, found.scale)
+    assert "reciprocal" in program(found.factor, found.scale)
+    assert_same(quantizer, found, BF16, device)
 
 
 def test_zeros_have_any_finite_factor():
