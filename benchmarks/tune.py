@@ -57,8 +57,10 @@ _CHOICES: dict[str, tuple[Any, ...]] = {
     "warps": (1, 2, 4, 8, 16, 32),
     "late_weight": (False, True),
     "narrow": (False, True),
+    "first_weight": (False, True),
+    "inline_mean": (False, True),
 }
-_OF_NORMS = ("late_weight", "narrow")
+_OF_NORMS = ("late_weight", "narrow", "first_weight", "inline_mean")
 _VALUES_PER_THREAD = (4, 128)
 # Programs that share a row, and the most rows for which they are tried.
 _PARTS = (2, 4, 8)
@@ -114,7 +116,7 @@ def candidates(chosen: LaunchConfig, whole: bool, norm: bool) -> Iterator[Launch
 
     Args:
         whole: a program must hold whole rows: the number of groups is given.
-        norm: rows are added up: when the weight is read, and what waits for the sum, makes a difference.
+        norm: rows are added up: when the weight is read, what waits for the sum, and how the mean is found makes a difference.
     """
     yield chosen
     fields = [f.name for f in dataclasses.fields(chosen) if f.name in _CHOICES and (norm or f.name not in _OF_NORMS)]
@@ -124,7 +126,8 @@ def candidates(chosen: LaunchConfig, whole: bool, norm: bool) -> Iterator[Launch
         config = dataclasses.replace(chosen, **dict(zip(fields, values, strict=True)))
         held = config.rows * config.groups * config.lanes
         small = held <= 8192 or config.rows == 1
-        if config != chosen and small and least <= held / (32 * config.warps) <= most:
+        once = not (config.late_weight and config.first_weight)
+        if config != chosen and small and once and least <= held / (32 * config.warps) <= most:
             yield config
 
 
@@ -139,7 +142,7 @@ def shared(config: LaunchConfig, grouped: bool) -> Iterator[LaunchConfig]:
     for parts, warps in itertools.product(_PARTS, _CHOICES["warps"]):
         shorter = {"groups": config.groups // parts} if grouped else {"lanes": config.lanes // parts}
         split = dataclasses.replace(
-            config, parts=parts, warps=warps, rows=1, late_weight=False, narrow=False, **shorter
+            config, parts=parts, warps=warps, rows=1, late_weight=False, narrow=False, first_weight=False, **shorter
         )
         held = split.groups * split.lanes
         if split.groups and held >= 64 * warps and held * parts <= 64 * 32 * warps:

@@ -12,6 +12,7 @@ from .arithmetic import (
     amax_of_pairs,
     cast,
     codes,
+    divide,
     gelu,
     gelu_tanh,
     in_pairs,
@@ -37,8 +38,12 @@ from .tiles import inside_row, load_tile, vector_of, vectors_of_segments, within
 
 
 @triton.jit
-def mean_of_squares(squares, M, N: tl.constexpr, MEAN: tl.constexpr):
-    if MEAN == "divide":
+def mean_of_squares(squares, M, N: tl.constexpr, MEAN: tl.constexpr, INLINE: tl.constexpr):
+    """The mean of N squares as MEAN says; of the means that ATen's kernels find, INLINE without a call for uncommon divisors."""
+    if INLINE and N & (N - 1) == 0:
+        # Each way is this product then, even where M * N is rounded.
+        mean = times(squares, tl.full(squares.shape, 1.0 / N, tl.float32))
+    elif MEAN == "divide":
         mean = tl.math.div_rn(squares, tl.full(squares.shape, N, tl.float32))
     elif MEAN == "scalar":
         mean = times(
@@ -47,7 +52,11 @@ def mean_of_squares(squares, M, N: tl.constexpr, MEAN: tl.constexpr):
     else:
         # ATen's mean on CUDA multiplies by float(outputs) / float(elements).
         outputs = tl.full(squares.shape, M, tl.int64)
-        mean = times(squares, tl.math.div_rn(outputs.to(tl.float32), (outputs * N).to(tl.float32)))
+        elements = (outputs * N).to(tl.float32)
+        if INLINE:
+            mean = times(squares, divide(outputs.to(tl.float32), elements, True))
+        else:
+            mean = times(squares, tl.math.div_rn(outputs.to(tl.float32), elements))
     return mean
 
 
@@ -217,6 +226,17 @@ def summed(x, other, sum_ptr, out_at, mask, PROLOGUE: tl.constexpr):
 
 
 @triton.jit
+def pin_loads(code_ptr, positive):
+    """What is loaded before this is asked for before what is loaded after it.
+
+    Assemblers move a load down to the first use of its values, which saves registers, and a row that is there already waits again.
+    No load moves past a store that may be to its address: one to ``code_ptr`` that never happens, as a number is positive,
+    which the compiler does not know. The loads after it keep it where it is.
+    """
+    tl.store(code_ptr.to(tl.pointer_type(tl.uint8), bitcast=True), 0, positive < 0)
+
+
+@triton.jit
 def norm_factor(
     x,
     M,
@@ -225,11 +245,12 @@ def norm_factor(
     WARPS: tl.constexpr,
     VECTOR: tl.constexpr,
     SEGMENT: tl.constexpr,
+    INLINE_MEAN: tl.constexpr,
     PROLOGUE: tl.constexpr,
 ):
     """What a norm multiplies each row of a tile of whole rows with, see :func:`root_factor`."""
     squares = sum_of_squares(widened(x), GROUP, N, WARPS, VECTOR, SEGMENT)
-    mean = mean_of_squares(squares, M, N, named(PROLOGUE, "mean"))
+    mean = mean_of_squares(squares, M, N, named(PROLOGUE, "mean"), INLINE_MEAN)
     return root_factor(mean + named(PROLOGUE, "eps"), PROLOGUE)
 
 
@@ -367,6 +388,8 @@ def fused_quant_kernel(
     GROUPS: tl.constexpr,
     LANES: tl.constexpr,
     LATE_WEIGHT: tl.constexpr,
+    FIRST_WEIGHT: tl.constexpr,
+    INLINE_MEAN: tl.constexpr,
     NARROW: tl.constexpr,
     SEGMENT: tl.constexpr,
     WARPS: tl.constexpr,
@@ -390,7 +413,9 @@ def fused_quant_kernel(
     (M, N // GROUP), or consecutive matrices in LAYOUT, each for ``scale_rows`` rows; one value if a tensor shares it. Absent
     tensors and what goes with them are None.
 
-    With LATE_WEIGHT a norm reads its weight when it has added up the row, until when it takes no registers. With NARROW its
+    With LATE_WEIGHT a norm reads its weight when it has added up the row, until when it takes no registers; with FIRST_WEIGHT
+    before the row, whatever the assembler prefers; else when the assembler does. With INLINE_MEAN no mean calls a division that ATen's
+    kernels make. With NARROW its
     values wait for that sum in the 16 bits that they were read in. With SEGMENT, each thread reads and quantizes so many
     neighbours of a program's one row, a part of a group or all: values of which FP4 codes are formed from pairs.
     WARPS is the number of warps where a tile is one row, whose values :func:`in_warps` knows how to find in them; else None.
@@ -422,12 +447,17 @@ def fused_quant_kernel(
         read = columns
         read_inside = inside
     read_mask = within(rows, M, read_inside, ROWS)
-    x = load_tile(x_ptr, rows * x_stride + read, read_mask, ROWS, GROUPS, LANES)
+    x_at = rows * x_stride + read
+    if not FIRST_WEIGHT:
+        x = load_tile(x_ptr, x_at, read_mask, ROWS, GROUPS, LANES)
     # Loads do not move before the barriers of a sum: what is not read now is waited for then.
     given = None
     if given_ptr is not None and not LATE_WEIGHT:
         given = tl.load(given_ptr).to(tl.float32)
     weight = load_tile(None if LATE_WEIGHT else weight_ptr, read, read_inside, 1, GROUPS, LANES)
+    if FIRST_WEIGHT:
+        pin_loads(code_ptr, x_stride)
+        x = load_tile(x_ptr, x_at, read_mask, ROWS, GROUPS, LANES)
     OF: tl.constexpr = x.dtype if ESTIMATES else tl.float32
     ADDS: tl.constexpr = adds_residual(PROLOGUE, other_ptr)
     other_at = rows * other_stride + read if other_ptr is not None else read
@@ -435,7 +465,7 @@ def fused_quant_kernel(
     x = summed(x, residual, sum_ptr, rows * N + columns, mask, PROLOGUE)
     factor = None
     if named(PROLOGUE, "kind") == "norm":
-        factor = norm_factor(x, M, N, GROUP, WARPS, VECTOR, SEGMENT, PROLOGUE)
+        factor = norm_factor(x, M, N, GROUP, WARPS, VECTOR, SEGMENT, INLINE_MEAN, PROLOGUE)
         if NARROW:
             x = widened_after(x, factor)
         if LATE_WEIGHT:

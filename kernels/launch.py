@@ -39,12 +39,15 @@ _SEGMENT = 16  # neighbouring values of a thread
 
 
 def _in_warps(spec: FusedSpec, row: int, config: LaunchConfig) -> bool:
-    """Whether a tile is one row of which each thread of several warps reads whole vectors of 16 values, or 2, 4 or 8 in all."""
+    """Whether a tile is one row of which each thread of several warps reads whole vectors of 16 values, or 2, 4 or 8 in all.
+
+    Of FP4 codes, parts of rows alone: what they add up is not what they quantize.
+    """
     one_row = config.rows == 1 and whole_rows(spec) and row % 16 == 0
     groups = config.groups * config.parts
     contiguous = spec.quantizer.group is None or groups == 1 or config.lanes == spec.quantizer.group >= 16
     enough = groups * config.lanes >= 64 * config.warps > 64
-    return one_row and contiguous and enough and spec.quantizer.e2m1 is None
+    return one_row and contiguous and enough and (spec.quantizer.e2m1 is None or config.parts > 1)
 
 
 def _reads_segments(spec: FusedSpec, config: LaunchConfig, input_dtype: torch.dtype) -> bool:
@@ -131,7 +134,9 @@ def launch_into_buffers(
     if spec.quantizer.granularity is Granularity.TENSOR and spec.quantizer.needs_amax:
         amax = _zeros([1], torch.int32, x.device)
         first = dict.fromkeys(("code_ptr", "scale_ptr", "sum_ptr", "value_ptr"))
-        wrap(fused_quant_kernel)[grid](**{**arguments, **first, "amax_ptr": amax, "PEAK": "store"})
+        wrap(fused_quant_kernel)[grid](
+            **{**arguments, **first, "amax_ptr": amax, "PEAK": "store", "FIRST_WEIGHT": False}
+        )
         arguments |= {"amax_ptr": amax, "PEAK": "load"}
     wrap(fused_quant_kernel)[grid](**arguments)
     return outputs
@@ -154,6 +159,7 @@ def _divided(spec: FusedSpec, config: LaunchConfig, x: torch.Tensor) -> tuple[tu
         of_kernel = {
             "ROWS": config.rows,
             "LATE_WEIGHT": config.late_weight,
+            "FIRST_WEIGHT": config.first_weight,
             "NARROW": config.narrow,
             "SEGMENT": _SEGMENT if _reads_segments(spec, config, x.dtype) else None,
         }
@@ -166,6 +172,7 @@ def _divided(spec: FusedSpec, config: LaunchConfig, x: torch.Tensor) -> tuple[tu
         "GROUPS": config.groups,
         "LANES": config.lanes,
         **of_kernel,
+        "INLINE_MEAN": config.inline_mean,
         "WARPS": config.warps if _in_warps(spec, row, config) else None,
         "ONE_MATRIX": one_matrix,
         "PAD_TILE": pad_tile,

@@ -26,15 +26,12 @@ from fusion_pass.specs import (
 )
 
 from .cheaper_scales import quantizes_fp4_pairs
-from .tiles import TRITON
 
 # Values that a program holds, where 1 x 1024 tiles and one 4096-value row are nearest the floor.
 _TILE_VALUES = 1024
 _FEW_VALUES = 1 << 20
 _MANY_ROWS = 4096
 _MOST_ROWS_SHARED = 64
-# From Triton 3.7 on, most of a weight that is to be read with its row is read while the row is added up: docs/tuning.md.
-_READS_TOGETHER = TRITON < (3, 7)
 
 
 @dataclass(frozen=True)
@@ -49,6 +46,10 @@ class LaunchConfig:
         late_weight: whether a norm's weight is read after the row is summed: fewer registers, a longer wait.
         narrow: whether a norm's values wait for their sum in the 16 bits they were read in: fewer registers, more instructions.
         parts: programs to a row, each of which reads the row and quantizes its part of ``groups``.
+        first_weight: whether it is read before the row; else, from Triton 3.7 on and where no mean is called, assemblers read
+            most of it while the row is added up.
+        inline_mean: whether a norm's mean takes no call: fewer instructions and registers, so that more programs fit, which is
+            slower where memory is busy already.
     """
 
     rows: int
@@ -58,6 +59,8 @@ class LaunchConfig:
     late_weight: bool = False
     narrow: bool = False
     parts: int = 1
+    first_weight: bool = False
+    inline_mean: bool = False
 
 
 class Amount(enum.Enum):
@@ -92,10 +95,14 @@ def _configured(spec: FusedSpec, row: int, amount: Amount, parts: int, dtype: to
         if pairs and amount is not Amount.FEW:
             return _norms_to_pairs(spec.prologue, row, rows, groups, lanes, amount is Amount.MANY)
         if amount is Amount.MANY:
-            return _many_norms(spec, row, rows, groups, lanes, dtype)
+            return _many_norms(spec, row, rows, groups, lanes)
+        if amount is Amount.UNKNOWN and values == 8192 and 6144 < row < values and _rounds_product(spec):
+            # Of 7168, us: Gemma -> MXFP8 of 512 rows 6.3 -> 5.7, of 2048 16.6 -> 14.4, per token 6.35 -> 6.0, RMSNorm 5.8 -> 5.5.
+            return LaunchConfig(rows, groups, lanes, _warps(values, 64), first_weight=True)
     late = _late_by_table(spec, row, values, amount)
     per_thread = 32 if late else _values_per_thread(spec, row, values, amount)
-    return LaunchConfig(rows, groups, lanes, _warps(rows * values, per_thread), late_weight=late)
+    warps, inline = _warps(rows * values, per_thread), spec.quantizer.e2m1 is not None
+    return LaunchConfig(rows, groups, lanes, warps, late_weight=late, inline_mean=inline)
 
 
 def _powers_of_two(spec: FusedSpec, row: int) -> tuple[int, int]:
@@ -170,47 +177,103 @@ def _is_gelu(prologue: Any) -> bool:
     return prologue.activation in (Activation.GELU, Activation.GELU_TANH)
 
 
-def _many_norms(spec: FusedSpec, row: int, rows: int, groups: int, lanes: int, dtype: torch.dtype) -> LaunchConfig:
+def _many_norms(spec: FusedSpec, row: int, rows: int, groups: int, lanes: int) -> LaunchConfig:
     """Of rows that are read but not written, where arithmetic is in the way: few threads to a row, so that many fit."""
-    values, in_pairs, to_fp4 = groups * lanes, _multiplies_in_pairs(spec.prologue), spec.quantizer.e2m1 is not None
-    rounded_late, short_fp4 = _is_rounded_late(spec.prologue), to_fp4 and lanes < 128
+    values = groups * lanes
+    if row == values and _takes_four_warps(spec, groups, lanes):
+        # Of 8192 values, us: per token 50.1 -> 49.1, per group 51.7 -> 49.4, blocked 53.1 -> 50.7; products of 32 bits 51.3 -> 49.1,
+        # 53.4 -> 52.3, 55.6 -> 51.0. Of 4096 those per group take 29.0 narrow, 27.6 not, but 65536 rows to MXFP8 187.3 and 192.2.
+        narrow = values > 4096 or (_is_rounded_late(spec.prologue) and (lanes < 128 or groups == 1))
+        return LaunchConfig(1, groups, lanes, 4, narrow=narrow, first_weight=True, inline_mean=True)
     if values < 8192:
-        wasteful, late = row <= values * 3 // 4, values == 4096 and to_fp4 and rounded_late
-        # MXFP8 of 8192 rows of 3072 is 22.0 us, narrow 22.7; of 4096 25.7 both, blocked 26.6 and 26.4, Gemma's norm 27.5 and 26.8.
-        of_filled = not short_fp4 and (rounded_late or (in_pairs and groups > 1))
-        narrow = values == 4096 and (in_pairs and lanes >= 128 if wasteful else of_filled)
-        return LaunchConfig(rows, groups, lanes, _warps(rows * values, 64 if wasteful else 32), late, narrow)
-    if values == 8192:
-        narrow = in_pairs or (rounded_late and not short_fp4)
-        if groups > 1 and not _READS_TOGETHER and dtype is torch.bfloat16:
-            # MXFP8, 8192 rows, narrow and with a late weight, us: RMSNorm of 5120 35.0, 33.6 (Triton 3.6: 33.2, 33.6), Gemma's norm
-            # of 5120 37.1, 34.2 (33.7, 34.8), of 7168 47.4, 45.9 (44.5, 47.9), per group of 8192 55.5, 52.9 (52.2, 53.3).
-            narrow = False
-        halved = row == values or to_fp4 or (groups == 1 if in_pairs else lanes < 128 and not rounded_late)
-        return LaunchConfig(1, groups, lanes, _warps(values, 64 if halved else 128), not narrow, narrow)
+        return _many_short_norms(spec, row, rows, groups, lanes)
+    return (_many_norms_of_8192 if values == 8192 else _many_long_norms)(spec, row, groups, lanes)
+
+
+def _takes_four_warps(spec: FusedSpec, groups: int, lanes: int) -> bool:
+    """Whether rows that fill their tiles are fastest by four warps, without a call, and with the weight read first."""
+    if groups * lanes == 16384:
+        # Products of 32 bits per group 103.3 with a late weight and the call, 106.8 so.
+        of_few_registers = _multiplies_in_pairs(spec.prologue) or groups == 1 or lanes < 128
+        return _rounds_product(spec) and not _is_static(spec) and of_few_registers
+    return _rounds_product(spec) and 4096 <= groups * lanes < 16384
+
+
+def _many_short_norms(spec: FusedSpec, row: int, rows: int, groups: int, lanes: int) -> LaunchConfig:
+    """Of less than 8192 values."""
+    values, in_pairs, to_fp4 = groups * lanes, _multiplies_in_pairs(spec.prologue), spec.quantizer.e2m1 is not None
+    rounded_late, short, wasteful = _is_rounded_late(spec.prologue), lanes < 128, row <= values * 3 // 4
+    # MXFP8 of 8192 rows of 3072 is 22.0 us, narrow 22.7.
+    of_wide = not (to_fp4 and short) and (rounded_late or (in_pairs and groups > 1))
+    narrow = values == 4096 and (in_pairs and not short if wasteful else of_wide)
+    late = values == 4096 and to_fp4 and rounded_late
+    warps = _warps(rows * values, 64 if wasteful else 32)
+    return LaunchConfig(rows, groups, lanes, warps, late, narrow, inline_mean=to_fp4)
+
+
+def _many_norms_of_8192(spec: FusedSpec, row: int, groups: int, lanes: int) -> LaunchConfig:
+    """Of 8192 values, of which rows may leave some idle."""
+    in_pairs, to_fp4, short = _multiplies_in_pairs(spec.prologue), spec.quantizer.e2m1 is not None, lanes < 128
+    wasteful = row <= 6144
+    narrow = in_pairs or (_is_rounded_late(spec.prologue) and not (to_fp4 and short))
+    # Blocked MXFP8 of 5120 34.9 -> 33.0, of 7168 45.5 -> 45.0 (products of 32 bits 35.5 -> 33.2, 47.2 -> 45.6), but those per token of
+    # 7168 45.0 -> 52.0, where 65536 rows of 5120 take 242 -> 235.
+    first = narrow and not to_fp4 and (in_pairs or groups > 1 or wasteful)
+    # Of 5120 per token by two warps 32.2, by four 33.5.
+    spread = in_pairs and groups == 1
+    four = row == 8192 or to_fp4 or (spread and not wasteful) or (short and not narrow)
+    inline = to_fp4 or spread
+    return LaunchConfig(1, groups, lanes, 4 if four else 2, not narrow, narrow, first_weight=first, inline_mean=inline)
+
+
+def _many_long_norms(spec: FusedSpec, row: int, groups: int, lanes: int) -> LaunchConfig:
+    """Of more than 8192 values."""
+    values, in_pairs, to_fp4 = groups * lanes, _multiplies_in_pairs(spec.prologue), spec.quantizer.e2m1 is not None
+    rounded_late, whole_group = _is_rounded_late(spec.prologue), groups == 1
     # Values that are as wide after the sum as they would be during it save few registers; newer Tritons make more of them.
-    late, narrow = row != values, row == values or not (in_pairs or spec.quantizer.needs_amax)
+    late, narrow, inline = row != values, row == values or not (in_pairs or spec.quantizer.needs_amax), to_fp4
     if spec.quantizer.needs_amax and (in_pairs or rounded_late):
-        # 8192 rows of 14336, us, with a late weight and narrow: per group 89.9, 91.8, per token 86.0, 85.7, blocked MXFP8 92.9, 87.4;
-        # products of 32 bits: per group 94.0, 98.1, per token 93.2, 88.1, blocked MXFP8 93.8, 90.0.
-        narrow = (in_pairs and row == values) or (not to_fp4 and (groups == 1 or lanes < 128))
+        # 8192 rows of 14336, us, with a late weight and narrow: per token 86.0, 85.7, blocked MXFP8 92.9, 87.4; products of 32 bits:
+        # per token 93.2, 88.1, blocked MXFP8 93.8, 90.0. Without a call per token 85.7 -> 84.7 and 89.8 -> 88.6, MXFP8 84.6 -> 86.7.
+        narrow = (in_pairs and row == values) or (not to_fp4 and (whole_group or lanes < 128))
         late = not narrow
+        inline = to_fp4 or (whole_group and row != values)
+        if late and row != values and not to_fp4:
+            # Both, without a call: per group 90.0 -> 87.3, products of 32 bits 94.6 -> 93.1.
+            narrow = inline = True
     elif rounded_late:
         # Static, 16384 rows of 16384: 189.6 -> 187.6 us.
         late, narrow = True, row == values
-    return LaunchConfig(1, groups, lanes, _warps(values, 64 if to_fp4 and rounded_late else 128), late, narrow)
+    warps = _warps(values, 64 if to_fp4 and rounded_late else 128)
+    return LaunchConfig(1, groups, lanes, warps, late, narrow, inline_mean=inline)
 
 
 def _norms_to_pairs(prologue: RMSNorm, row: int, rows: int, groups: int, lanes: int, many: bool) -> LaunchConfig:
     """As :func:`_many_norms`, for FP4 codes of pairs, of which a thread has 16 neighbours."""
     values, in_pairs = groups * lanes, _multiplies_in_pairs(prologue)
     if values < 4096 or (values == 4096 and not many):
-        return LaunchConfig(rows, groups, lanes, _warps(rows * values, 32), narrow=many and in_pairs)
+        warps = _warps(rows * values, 32)
+        return LaunchConfig(rows, groups, lanes, warps, narrow=many and in_pairs, inline_mean=True)
     if values >= 16384:
-        # Of 8192 rows of 16384 narrow and late 89.6 -> 86.0 us; where products are of 32 bits, late alone is 91.3, with both 95.0.
-        return LaunchConfig(1, groups, lanes, _warps(values, 128), True, in_pairs or row != values)
+        if row != values:
+            return LaunchConfig(1, groups, lanes, _warps(values, 128), narrow=True, inline_mean=True)
+        # Of 8192 rows of 16384 narrow and late 89.6 -> 86.0 us; where products are of 32 bits, late alone is 91.3, with both 95.0, and
+        # without a call as fast with Triton 3.6, 109.6 with 3.9.
+        return LaunchConfig(1, groups, lanes, _warps(values, 128), True, in_pairs, inline_mean=in_pairs)
     per_thread = 128 if many and row < values == 8192 else 64
-    return LaunchConfig(1, groups, lanes, _warps(values, per_thread), not in_pairs, many and in_pairs)
+    late, narrow = not in_pairs, many and in_pairs
+    if many and values == 8192 and not in_pairs:
+        # Late, narrow and both, us: of 7168 44.9, 43.4, 45.2; of 8192 47.2, 47.3, 46.2; 65536 rows of 5120 225, 237.
+        late, narrow = row <= 6144 or row == values, row > 6144
+    # Products of 32 bits, of 4096: 26.2 without a call for 25.8.
+    inline = in_pairs or values == 8192
+    return LaunchConfig(1, groups, lanes, _warps(values, per_thread), late, narrow, inline_mean=inline)
+
+
+def _rounds_product(spec: FusedSpec) -> bool:
+    """Whether a norm has a weight, and FP8 or int8 codes of products in 16 bits."""
+    rounds = _multiplies_in_pairs(spec.prologue) or _is_rounded_late(spec.prologue)
+    return rounds and spec.quantizer.e2m1 is None
 
 
 def _is_rounded_late(prologue: Any) -> bool:
@@ -264,9 +327,8 @@ def _split(spec: FusedSpec, groups: int, lanes: int, parts: int) -> LaunchConfig
             warps = 16
     # A thread holds no more of a row than its registers do.
     warps = max(warps, _warps(values, 64))
-    return LaunchConfig(
-        1, groups // parts if in_groups else 1, lanes if in_groups else lanes // parts, warps, parts=parts
-    )
+    groups, lanes = (groups // parts, lanes) if in_groups else (1, lanes // parts)
+    return LaunchConfig(1, groups, lanes, warps, parts=parts, inline_mean=spec.quantizer.e2m1 is not None)
 
 
 def _values_per_thread(spec: FusedSpec, row: int, values: int, amount: Amount) -> int:

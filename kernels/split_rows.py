@@ -31,6 +31,7 @@ def fused_quant_split_kernel(
     GROUPS: tl.constexpr,
     LANES: tl.constexpr,
     PARTS: tl.constexpr,
+    INLINE_MEAN: tl.constexpr,
     WARPS: tl.constexpr,
     ESTIMATES: tl.constexpr,
     PEAK: tl.constexpr,
@@ -81,7 +82,7 @@ def fused_quant_split_kernel(
     whole = summed(row_x, row_other, None, None, None, PROLOGUE)
     factor = None
     if named(PROLOGUE, "kind") == "norm":
-        factor = norm_factor(whole, M, N, GROUP, WARPS, VECTOR, None, PROLOGUE)
+        factor = norm_factor(whole, M, N, GROUP, WARPS, VECTOR, None, INLINE_MEAN, PROLOGUE)
     peak = None
     if PEAK == "row":
         peak = amax(whole_amax(value_of(whole, factor, row_weight, row_other, OF, PROLOGUE), WARPS, VECTOR), 1)

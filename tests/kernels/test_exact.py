@@ -492,6 +492,18 @@ def test_values_that_wait_in_16_bits(dtype, monkeypatch, device):
             check(FusedSpec(prologues(device, BF16)[prologue], quantizer), shape, dtype, device)
 
 
+@pytest.mark.parametrize("row", [384, 2112, 4096])
+def test_weights_read_first_and_means_without_calls(row, monkeypatch, device):
+    """Also of rows that programs share, in two launches, and where there is no weight or mean of ATen's."""
+    chosen = launching.configure
+    fields = {"first_weight": True, "inline_mean": True, "late_weight": False}
+    monkeypatch.setattr(launching, "configure", lambda *a, **k: dataclasses.replace(chosen(*a, **k), **fields))
+    quantizers = [Quantizer.dynamic(per_tensor=True), Quantizer.dynamic(group=32), SHARED["token"], SHARED["static"]]
+    for prologue, quantizer in itertools.product(["norm", "weightless", "add norm", "x / sqrt"], quantizers):
+        for rows in (1, 3, 67):
+            check(FusedSpec(prologues(device, BF16)[prologue], quantizer), (rows, row), BF16, device)
+
+
 @pytest.mark.parametrize(
     ("call", "named"),
     [
