@@ -38,6 +38,18 @@ def test_products_rounded_to_16_bits_are_held_in_them():
     assert machine_code.compiled(launch).programs >= 3
 
 
+@pytest.mark.parametrize("site", ["rms -> token", "rms -> group", "gemma -> mxfp8"])
+def test_weights_read_first_are_asked_for_before_a_row_is_added_up(site):
+    """Left to themselves, assemblers read them after it has come."""
+
+    def waits_for_weights(first):
+        fields = {"first_weight": first, "inline_mean": True}
+        code = machine_code.compiled(machine_code.launches(site, 8192, 4096, "bfloat16", fields)[0])
+        return code.text.rindex("LDG.E.128") > code.text.index("FFMA")
+
+    assert waits_for_weights(False) and not waits_for_weights(True)
+
+
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_fp4_codes_of_pairs_take_fewer_instructions(dtype):
     """Of single values they take 315 for 16; where four threads compute a scale, and not two, 197, and after a norm 1166 for 64."""
