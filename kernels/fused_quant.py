@@ -39,7 +39,7 @@ from .tiles import inside_row, load_tile, vector_of, vectors_of_segments, within
 
 @triton.jit
 def mean_of_squares(squares, M, N: tl.constexpr, MEAN: tl.constexpr, INLINE: tl.constexpr):
-    """The mean of N squares as MEAN says; of the means that ATen's kernels find, INLINE without a call for uncommon divisors."""
+    """The mean of N squares as MEAN says. INLINE, that of ATen's kernels takes no call, which quotients of uncommon operands take else."""
     if INLINE and N & (N - 1) == 0:
         # Each way is this product then, even where M * N is rounded.
         mean = times(squares, tl.full(squares.shape, 1.0 / N, tl.float32))
@@ -414,9 +414,8 @@ def fused_quant_kernel(
     tensors and what goes with them are None.
 
     With LATE_WEIGHT a norm reads its weight when it has added up the row, until when it takes no registers; with FIRST_WEIGHT
-    before the row, whatever the assembler prefers; else when the assembler does. With INLINE_MEAN no mean calls a division that ATen's
-    kernels make. With NARROW its
-    values wait for that sum in the 16 bits that they were read in. With SEGMENT, each thread reads and quantizes so many
+    before the row; else when the assembler likes to. With INLINE_MEAN the mean takes no call, see :func:`mean_of_squares`. With
+    NARROW values wait for that sum in the 16 bits that they were read in. With SEGMENT, each thread reads and quantizes so many
     neighbours of a program's one row, a part of a group or all: values of which FP4 codes are formed from pairs.
     WARPS is the number of warps where a tile is one row, whose values :func:`in_warps` knows how to find in them; else None.
     PEAK says where the amax comes from: each ``group`` of the tile; ``none`` is needed; or one that the whole tensor shares,

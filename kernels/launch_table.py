@@ -46,7 +46,7 @@ class LaunchConfig:
         late_weight: whether a norm's weight is read after the row is summed: fewer registers, a longer wait.
         narrow: whether a norm's values wait for their sum in the 16 bits they were read in: fewer registers, more instructions.
         parts: programs to a row, each of which reads the row and quantizes its part of ``groups``.
-        first_weight: whether it is read before the row; else, from Triton 3.7 on and where no mean is called, assemblers read
+        first_weight: whether a norm's weight is read before the row; where neither this nor ``late_weight`` is, assemblers may read
             most of it while the row is added up.
         inline_mean: whether a norm's mean takes no call: fewer instructions and registers, so that more programs fit, which is
             slower where memory is busy already.
