@@ -7,7 +7,7 @@ benchmarks/tune.py measures what the numbers follow; on other GPUs they are unte
 from __future__ import annotations
 
 import enum
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from typing import Any
 
@@ -86,23 +86,37 @@ def _configured(spec: FusedSpec, row: int, amount: Amount, parts: int, dtype: to
     pairs = quantizes_fp4_pairs(spec, dtype)
     if not whole_rows(spec):
         return _tiles(spec, row, groups, lanes, amount, pairs)
-    if parts > 1:
-        return _split(spec, groups, lanes, parts)
-    values = groups * lanes
-    # Short rows leave lanes idle unless several share a program.
-    rows = max(1, 1024 // values)
+    in_pairs = pairs and parts == 1 and amount is not Amount.FEW
+    if in_pairs and isinstance(spec.prologue, RMSNorm) and not _adds(spec.prologue):
+        return _norms_to_pairs(spec.prologue, row, groups, lanes, amount is Amount.MANY)
+    config = _of_whole_rows(spec, row, groups, lanes, amount) if parts == 1 else _split(spec, groups, lanes, parts)
+    # FP4 codes are bound by instructions.
+    return replace(config, inline_mean=True) if spec.quantizer.e2m1 is not None else config
+
+
+def _of_whole_rows(spec: FusedSpec, row: int, groups: int, lanes: int, amount: Amount) -> LaunchConfig:
+    """Of a row by each program, or of several that are short."""
+    values, rows = groups * lanes, _rows_to_a_program(groups * lanes)
     if isinstance(spec.prologue, RMSNorm) and not _adds(spec.prologue):
-        if pairs and amount is not Amount.FEW:
-            return _norms_to_pairs(spec.prologue, row, rows, groups, lanes, amount is Amount.MANY)
         if amount is Amount.MANY:
             return _many_norms(spec, row, rows, groups, lanes)
-        if amount is Amount.UNKNOWN and values == 8192 and 6144 < row < values and _rounds_product(spec):
+        few_idle = values == 8192 and row < values and not _is_wasteful(row, values)
+        if amount is Amount.UNKNOWN and few_idle and _rounds_product(spec):
             # Of 7168, us: Gemma -> MXFP8 of 512 rows 6.3 -> 5.7, of 2048 16.6 -> 14.4, per token 6.35 -> 6.0, RMSNorm 5.8 -> 5.5.
             return LaunchConfig(rows, groups, lanes, _warps(values, 64), first_weight=True)
     late = _late_by_table(spec, row, values, amount)
     per_thread = 32 if late else _values_per_thread(spec, row, values, amount)
-    warps, inline = _warps(rows * values, per_thread), spec.quantizer.e2m1 is not None
-    return LaunchConfig(rows, groups, lanes, warps, late_weight=late, inline_mean=inline)
+    return LaunchConfig(rows, groups, lanes, _warps(rows * values, per_thread), late_weight=late)
+
+
+def _rows_to_a_program(values: int) -> int:
+    """Short rows leave lanes idle unless several share a program."""
+    return max(1, 1024 // values)
+
+
+def _is_wasteful(row: int, values: int) -> bool:
+    """Whether a row leaves a quarter of its lanes idle."""
+    return row <= values * 3 // 4
 
 
 def _powers_of_two(spec: FusedSpec, row: int) -> tuple[int, int]:
@@ -202,19 +216,19 @@ def _takes_four_warps(spec: FusedSpec, groups: int, lanes: int) -> bool:
 def _many_short_norms(spec: FusedSpec, row: int, rows: int, groups: int, lanes: int) -> LaunchConfig:
     """Of less than 8192 values."""
     values, in_pairs, to_fp4 = groups * lanes, _multiplies_in_pairs(spec.prologue), spec.quantizer.e2m1 is not None
-    rounded_late, short, wasteful = _is_rounded_late(spec.prologue), lanes < 128, row <= values * 3 // 4
+    rounded_late, short, wasteful = _is_rounded_late(spec.prologue), lanes < 128, _is_wasteful(row, values)
     # MXFP8 of 8192 rows of 3072 is 22.0 us, narrow 22.7.
     of_wide = not (to_fp4 and short) and (rounded_late or (in_pairs and groups > 1))
     narrow = values == 4096 and (in_pairs and not short if wasteful else of_wide)
     late = values == 4096 and to_fp4 and rounded_late
     warps = _warps(rows * values, 64 if wasteful else 32)
-    return LaunchConfig(rows, groups, lanes, warps, late, narrow, inline_mean=to_fp4)
+    return LaunchConfig(rows, groups, lanes, warps, late, narrow)
 
 
 def _many_norms_of_8192(spec: FusedSpec, row: int, groups: int, lanes: int) -> LaunchConfig:
     """Of 8192 values, of which rows may leave some idle."""
     in_pairs, to_fp4, short = _multiplies_in_pairs(spec.prologue), spec.quantizer.e2m1 is not None, lanes < 128
-    wasteful = row <= 6144
+    wasteful = _is_wasteful(row, 8192)
     narrow = in_pairs or (_is_rounded_late(spec.prologue) and not (to_fp4 and short))
     # Blocked MXFP8 of 5120 34.9 -> 33.0, of 7168 45.5 -> 45.0 (products of 32 bits 35.5 -> 33.2, 47.2 -> 45.6), but those per token of
     # 7168 45.0 -> 52.0, where 65536 rows of 5120 take 242 -> 235.
@@ -222,8 +236,7 @@ def _many_norms_of_8192(spec: FusedSpec, row: int, groups: int, lanes: int) -> L
     # Of 5120 per token by two warps 32.2, by four 33.5.
     spread = in_pairs and groups == 1
     four = row == 8192 or to_fp4 or (spread and not wasteful) or (short and not narrow)
-    inline = to_fp4 or spread
-    return LaunchConfig(1, groups, lanes, 4 if four else 2, not narrow, narrow, first_weight=first, inline_mean=inline)
+    return LaunchConfig(1, groups, lanes, 4 if four else 2, not narrow, narrow, first_weight=first, inline_mean=spread)
 
 
 def _many_long_norms(spec: FusedSpec, row: int, groups: int, lanes: int) -> LaunchConfig:
@@ -231,13 +244,13 @@ def _many_long_norms(spec: FusedSpec, row: int, groups: int, lanes: int) -> Laun
     values, in_pairs, to_fp4 = groups * lanes, _multiplies_in_pairs(spec.prologue), spec.quantizer.e2m1 is not None
     rounded_late, whole_group = _is_rounded_late(spec.prologue), groups == 1
     # Values that are as wide after the sum as they would be during it save few registers; newer Tritons make more of them.
-    late, narrow, inline = row != values, row == values or not (in_pairs or spec.quantizer.needs_amax), to_fp4
+    late, narrow, inline = row != values, row == values or not (in_pairs or spec.quantizer.needs_amax), False
     if spec.quantizer.needs_amax and (in_pairs or rounded_late):
         # 8192 rows of 14336, us, with a late weight and narrow: per token 86.0, 85.7, blocked MXFP8 92.9, 87.4; products of 32 bits:
         # per token 93.2, 88.1, blocked MXFP8 93.8, 90.0. Without a call per token 85.7 -> 84.7 and 89.8 -> 88.6, MXFP8 84.6 -> 86.7.
         narrow = (in_pairs and row == values) or (not to_fp4 and (whole_group or lanes < 128))
         late = not narrow
-        inline = to_fp4 or (whole_group and row != values)
+        inline = whole_group and row != values
         if late and row != values and not to_fp4:
             # Both, without a call: per group 90.0 -> 87.3, products of 32 bits 94.6 -> 93.1.
             narrow = inline = True
@@ -248,10 +261,11 @@ def _many_long_norms(spec: FusedSpec, row: int, groups: int, lanes: int) -> Laun
     return LaunchConfig(1, groups, lanes, warps, late, narrow, inline_mean=inline)
 
 
-def _norms_to_pairs(prologue: RMSNorm, row: int, rows: int, groups: int, lanes: int, many: bool) -> LaunchConfig:
+def _norms_to_pairs(prologue: RMSNorm, row: int, groups: int, lanes: int, many: bool) -> LaunchConfig:
     """As :func:`_many_norms`, for FP4 codes of pairs, of which a thread has 16 neighbours."""
-    values, in_pairs = groups * lanes, _multiplies_in_pairs(prologue)
+    values, in_pairs, wasteful = groups * lanes, _multiplies_in_pairs(prologue), _is_wasteful(row, groups * lanes)
     if values < 4096 or (values == 4096 and not many):
+        rows = _rows_to_a_program(values)
         warps = _warps(rows * values, 32)
         return LaunchConfig(rows, groups, lanes, warps, narrow=many and in_pairs, inline_mean=True)
     if values >= 16384:
@@ -264,7 +278,7 @@ def _norms_to_pairs(prologue: RMSNorm, row: int, rows: int, groups: int, lanes: 
     late, narrow = not in_pairs, many and in_pairs
     if many and values == 8192 and not in_pairs:
         # Late, narrow and both, us: of 7168 44.9, 43.4, 45.2; of 8192 47.2, 47.3, 46.2; 65536 rows of 5120 225, 237.
-        late, narrow = row <= 6144 or row == values, row > 6144
+        late, narrow = wasteful or row == values, not wasteful
     # Products of 32 bits, of 4096: 26.2 without a call for 25.8.
     inline = in_pairs or values == 8192
     return LaunchConfig(1, groups, lanes, _warps(values, per_thread), late, narrow, inline_mean=inline)
@@ -328,12 +342,12 @@ def _split(spec: FusedSpec, groups: int, lanes: int, parts: int) -> LaunchConfig
     # A thread holds no more of a row than its registers do.
     warps = max(warps, _warps(values, 64))
     groups, lanes = (groups // parts, lanes) if in_groups else (1, lanes // parts)
-    return LaunchConfig(1, groups, lanes, warps, parts=parts, inline_mean=spec.quantizer.e2m1 is not None)
+    return LaunchConfig(1, groups, lanes, warps, parts=parts)
 
 
 def _values_per_thread(spec: FusedSpec, row: int, values: int, amount: Amount) -> int:
     """Of ``values`` lanes that hold a row of ``row``."""
-    few, wasteful = amount is Amount.FEW, row <= values * 3 // 4
+    few, wasteful = amount is Amount.FEW, _is_wasteful(row, values)
     if isinstance(spec.prologue, GatedActivation):
         return _gated_values_per_thread(spec.prologue, values, wasteful, amount)
     if few and values <= 8192:

@@ -7,9 +7,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-TRITON = tuple(map(int, triton.__version__.split(".")[:2]))
 # Vectors are dealt to threads along one axis of a load first: up to Triton 3.6 along its first, from 3.7 on along the one before the last.
-SEGMENTS_FIRST = tl.constexpr(TRITON < (3, 7))
+SEGMENTS_FIRST = tl.constexpr(tuple(map(int, triton.__version__.split(".")[:2])) < (3, 7))
 
 
 @triton.jit
