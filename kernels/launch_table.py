@@ -31,6 +31,7 @@ from .cheaper_scales import quantizes_fp4_pairs
 _TILE_VALUES = 1024
 _FEW_VALUES = 1 << 20
 _MANY_ROWS = 4096
+_FEW_ROWS = 128
 _MOST_ROWS_SHARED = 64
 
 
@@ -73,11 +74,7 @@ class Amount(enum.Enum):
 
 def configure(spec: FusedSpec, row: int, rows: Any = None, dtype: torch.dtype = torch.bfloat16) -> LaunchConfig:
     """The launch configuration for ``rows`` rows of ``row`` values of ``dtype``; a number not known as one integer is None or symbolic."""
-    many = _MANY_ROWS
-    if isinstance(spec.prologue, NoPrologue) and spec.layout not in (ScaleLayout.COLUMN, ScaleLayout.TMA):
-        # 2048 rows, us: MXFP8 of 4096 8.1 -> 7.9, static of 7168 12.6 -> 12.3, packed of 14336 23.6 -> 23.1; TMA-aligned 12.7 -> 12.9.
-        many = _MANY_ROWS // 2
-    return _configured(spec, row, _amount(rows, row, many), _parts(spec, row, rows), dtype)
+    return _configured(spec, row, _amount(spec, row, rows), _parts(spec, row, rows), dtype)
 
 
 @cache
@@ -88,6 +85,8 @@ def _configured(spec: FusedSpec, row: int, amount: Amount, parts: int, dtype: to
         return _tiles(spec, row, groups, lanes, amount, pairs)
     in_pairs = pairs and parts == 1 and amount is not Amount.FEW
     if in_pairs and isinstance(spec.prologue, RMSNorm) and not _adds(spec.prologue):
+        if amount is Amount.UNKNOWN and (4096 <= groups * lanes <= 8192 or row == 16384):
+            return _some_norms(spec, row, groups, lanes)
         return _norms_to_pairs(spec.prologue, row, groups, lanes, amount is Amount.MANY)
     config = _of_whole_rows(spec, row, groups, lanes, amount) if parts == 1 else _split(spec, groups, lanes, parts)
     # FP4 codes are bound by instructions.
@@ -100,13 +99,31 @@ def _of_whole_rows(spec: FusedSpec, row: int, groups: int, lanes: int, amount: A
     if isinstance(spec.prologue, RMSNorm) and not _adds(spec.prologue):
         if amount is Amount.MANY:
             return _many_norms(spec, row, rows, groups, lanes)
-        few_idle = values == 8192 and row < values and not _is_wasteful(row, values)
-        if amount is Amount.UNKNOWN and few_idle and _rounds_product(spec):
-            # Of 7168, us: Gemma -> MXFP8 of 512 rows 6.3 -> 5.7, of 2048 16.6 -> 14.4, per token 6.35 -> 6.0, RMSNorm 5.8 -> 5.5.
-            return LaunchConfig(rows, groups, lanes, _warps(values, 64), first_weight=True)
+        if amount is Amount.UNKNOWN and 4096 <= values <= 16384 and _rounds_product(spec):
+            return _some_norms(spec, row, groups, lanes)
     late = _late_by_table(spec, row, values, amount)
     per_thread = 32 if late else _values_per_thread(spec, row, values, amount)
-    return LaunchConfig(rows, groups, lanes, _warps(rows * values, per_thread), late_weight=late)
+    few = amount is Amount.FEW
+    # Sums, us: 512 rows of 14336 16.4 -> 15.3, 2048 of 2880 12.9 -> 12.5, of 7168 28.0 -> 27.2, 8192 of 7168 99.2 -> 98.7.
+    first = _adds(spec.prologue) and _has_weight(spec.prologue) and values >= 4096 and not (few or late)
+    # Few rows without a call: 128 of 1024 1.92 -> 1.88, others 0 to 2 % less.
+    inline = few and isinstance(spec.prologue, RMSNorm)
+    warps = _warps(rows * values, per_thread)
+    return LaunchConfig(rows, groups, lanes, warps, late_weight=late, first_weight=first, inline_mean=inline)
+
+
+def _some_norms(spec: FusedSpec, row: int, groups: int, lanes: int) -> LaunchConfig:
+    """Of 512 to 4095 rows that are read but not written, or of a number that is not known: few threads to a row, so that all run at once."""
+    values, filled = groups * lanes, row == groups * lanes
+    # 2048 rows, us: Gemma -> blocked MXFP8 of 3072 8.0 -> 7.4, of 5120 12.9 -> 10.8, of 7168 16.6 -> 14.4, per group of 14336 31.8 -> 25.9,
+    # of 16384 33.3 -> 28.4; 512 rows: per token of 14336 10.1 -> 9.1, per group of 16384 10.6 -> 9.3. To MXFP4 2048 rows of 2880 8.8 -> 7.0,
+    # of 4096 9.1 -> 8.1, of 5120 12.5 -> 10.7.
+    warps = 2 if _is_wasteful(row, values) and values < 16384 else 4
+    first, narrow = _has_weight(spec.prologue), values == 16384
+    inline = narrow and (filled or groups == 1)
+    if spec.quantizer.e2m1 is not None:
+        inline = not _multiplies_in_pairs(spec.prologue)
+    return LaunchConfig(1, groups, lanes, warps, narrow=narrow, first_weight=first, inline_mean=inline)
 
 
 def _rows_to_a_program(values: int) -> int:
@@ -199,6 +216,8 @@ def _many_norms(spec: FusedSpec, row: int, rows: int, groups: int, lanes: int) -
         # 53.4 -> 52.3, 55.6 -> 51.0. Of 4096 those per group take 29.0 narrow, 27.6 not, but 65536 rows to MXFP8 187.3 and 192.2.
         narrow = values > 4096 or (_is_rounded_late(spec.prologue) and (lanes < 128 or groups == 1))
         return LaunchConfig(1, groups, lanes, 4, narrow=narrow, first_weight=True, inline_mean=True)
+    if row < values == 4096 and _rounds_product(spec):
+        return _many_norms_under_4096(spec, row, groups, lanes)
     if values < 8192:
         return _many_short_norms(spec, row, rows, groups, lanes)
     return (_many_norms_of_8192 if values == 8192 else _many_long_norms)(spec, row, groups, lanes)
@@ -213,16 +232,29 @@ def _takes_four_warps(spec: FusedSpec, groups: int, lanes: int) -> bool:
     return _rounds_product(spec) and 4096 <= groups * lanes < 16384
 
 
+def _many_norms_under_4096(spec: FusedSpec, row: int, groups: int, lanes: int) -> LaunchConfig:
+    """Of 2049 to 4095 values, to FP8 or int8."""
+    in_pairs, wasteful = _multiplies_in_pairs(spec.prologue), _is_wasteful(row, 4096)
+    if not (wasteful or in_pairs or groups == 1 or lanes < 128):
+        # Gemma column-major of 65536 rows of 3584 212.5 us, by two warps 231.2.
+        return LaunchConfig(1, groups, lanes, 4, narrow=True)
+    # 8192 rows of 2880 and 3072, us: per token 21.4 -> 20.1, per group 22.5 -> 20.1, MXFP8 20.5 -> 19.2, blocked 22.6 -> 20.7; products of
+    # 32 bits 23.1 -> 20.8, but per token, where 65536 rows narrow take 157 for 151, 21.7 -> 20.7 only if not narrow. Of 3584 without a call
+    # per token 24.5 -> 23.5, per group 26.6 -> 25.3, 65536 rows 195 -> 179.
+    narrow = in_pairs or groups > 1 or not wasteful
+    return LaunchConfig(1, groups, lanes, 2, narrow=narrow, first_weight=True, inline_mean=not wasteful)
+
+
 def _many_short_norms(spec: FusedSpec, row: int, rows: int, groups: int, lanes: int) -> LaunchConfig:
     """Of less than 8192 values."""
     values, in_pairs, to_fp4 = groups * lanes, _multiplies_in_pairs(spec.prologue), spec.quantizer.e2m1 is not None
-    rounded_late, short, wasteful = _is_rounded_late(spec.prologue), lanes < 128, _is_wasteful(row, values)
-    # MXFP8 of 8192 rows of 3072 is 22.0 us, narrow 22.7.
-    of_wide = not (to_fp4 and short) and (rounded_late or (in_pairs and groups > 1))
-    narrow = values == 4096 and (in_pairs and not short if wasteful else of_wide)
+    rounded_late, wasteful = _is_rounded_late(spec.prologue), _is_wasteful(row, values)
+    narrow = values == 4096 and not (to_fp4 and lanes < 128) and (rounded_late or (in_pairs and groups > 1))
     late = values == 4096 and to_fp4 and rounded_late
+    # Per token of 1536 12.8 -> 11.5.
+    first = values == 2048 and wasteful and groups == 1 and _rounds_product(spec)
     warps = _warps(rows * values, 64 if wasteful else 32)
-    return LaunchConfig(rows, groups, lanes, warps, late, narrow)
+    return LaunchConfig(rows, groups, lanes, warps, late, narrow, first_weight=first)
 
 
 def _many_norms_of_8192(spec: FusedSpec, row: int, groups: int, lanes: int) -> LaunchConfig:
@@ -264,7 +296,7 @@ def _many_long_norms(spec: FusedSpec, row: int, groups: int, lanes: int) -> Laun
 def _norms_to_pairs(prologue: RMSNorm, row: int, groups: int, lanes: int, many: bool) -> LaunchConfig:
     """As :func:`_many_norms`, for FP4 codes of pairs, of which a thread has 16 neighbours."""
     values, in_pairs, wasteful = groups * lanes, _multiplies_in_pairs(prologue), _is_wasteful(row, groups * lanes)
-    if values < 4096 or (values == 4096 and not many):
+    if values < 4096:
         rows = _rows_to_a_program(values)
         warps = _warps(rows * values, 32)
         return LaunchConfig(rows, groups, lanes, warps, narrow=many and in_pairs, inline_mean=True)
@@ -274,9 +306,9 @@ def _norms_to_pairs(prologue: RMSNorm, row: int, groups: int, lanes: int, many: 
         # Of 8192 rows of 16384 narrow and late 89.6 -> 86.0 us; where products are of 32 bits, late alone is 91.3, with both 95.0, and
         # without a call as fast with Triton 3.6, 109.6 with 3.9.
         return LaunchConfig(1, groups, lanes, _warps(values, 128), True, in_pairs, inline_mean=in_pairs)
-    per_thread = 128 if many and row < values == 8192 else 64
-    late, narrow = not in_pairs, many and in_pairs
-    if many and values == 8192 and not in_pairs:
+    per_thread = 128 if row < values == 8192 else 64
+    late, narrow = not in_pairs, in_pairs
+    if values == 8192 and not in_pairs:
         # Late, narrow and both, us: of 7168 44.9, 43.4, 45.2; of 8192 47.2, 47.3, 46.2; 65536 rows of 5120 225, 237.
         late, narrow = wasteful or row == values, not wasteful
     # Products of 32 bits, of 4096: 26.2 without a call for 25.8.
@@ -293,7 +325,11 @@ def _rounds_product(spec: FusedSpec) -> bool:
 def _is_rounded_late(prologue: Any) -> bool:
     """Whether a norm's product with a weight is of 32 bits, and what is quantized was rounded to 16 after it."""
     late = prologue.rounded is not torch.float32 and not _multiplies_in_pairs(prologue)
-    return late and prologue.weight is not Weight.NONE
+    return late and _has_weight(prologue)
+
+
+def _has_weight(prologue: Any) -> bool:
+    return prologue.weight is not Weight.NONE
 
 
 def _multiplies_in_pairs(prologue: Any) -> bool:
@@ -308,20 +344,24 @@ def _parts(spec: FusedSpec, row: int, rows: Any) -> int:
     if not isinstance(rows, int) or rows > _MOST_ROWS_SHARED or not whole_rows(spec) or in_two_launches:
         return 1
     groups, lanes = _powers_of_two(spec, row)
-    parts = _parts_by_table(spec.prologue, min(groups * lanes, 16384), rows)
+    parts = _parts_by_table(spec, min(groups * lanes, 16384), rows)
     return parts if spec.quantizer.group is None else min(parts, groups)
 
 
-def _parts_by_table(prologue: Any, values: int, rows: int) -> int:
-    if isinstance(prologue, GatedActivation):
+def _parts_by_table(spec: FusedSpec, values: int, rows: int) -> int:
+    if isinstance(spec.prologue, GatedActivation):
         # All of a row is activated in each of its programs.
         if rows <= 16:
             return {4096: 4, 8192: 8, 16384: 8}.get(values, 1)
         return 4 if values >= 16384 and rows <= 32 else 1
     if rows <= 16:
-        return {2048: 2, 4096: 4, 8192: 8 if _adds(prologue) else 4, 16384: 8}.get(values, 1)
-    if _adds(prologue):
+        return {2048: 2, 4096: 4, 8192: 8 if _adds(spec.prologue) else 4, 16384: 8}.get(values, 1)
+    if _adds(spec.prologue):
         return 2 if values >= 8192 and rows <= 32 else 1
+    to_fp4 = spec.quantizer.e2m1 is not None
+    if (values == 8192 and spec.quantizer.group is not None) or (values == 4096 and rows > 32 and to_fp4):
+        # 64 rows, us: MXFP8 of 5120 2.36 -> 2.23, per group of 8192 2.85 -> 2.77, MXFP4 of 4096 2.53 -> 2.39.
+        return 4
     return 2 if values >= (4096 if rows <= 32 else 8192) else 1
 
 
@@ -355,13 +395,13 @@ def _values_per_thread(spec: FusedSpec, row: int, values: int, amount: Amount) -
         shares = values == 2048 and spec.quantizer.group is not None and not _adds(spec.prologue)
         return 16 if shares else max(8, values // 256)
     if _adds(spec.prologue):
-        return 32 if values < 8192 else 64 if values == 8192 or amount is Amount.UNKNOWN else 128
+        return 32 if values < 8192 else 64 if values == 8192 or amount is not Amount.MANY else 128
     return 32 if values < 8192 or (values == 8192 and not wasteful) else 64
 
 
 def _gated_values_per_thread(prologue: GatedActivation, values: int, wasteful: bool, amount: Amount) -> int:
     if amount is Amount.FEW:
-        return 8 if values <= 8192 else 32
+        return 8 if values <= 8192 else 16
     if values == 8192 and amount is Amount.UNKNOWN:
         return 16
     if values == 8192 and _is_gelu(prologue) and not wasteful:
@@ -375,14 +415,31 @@ def _late_by_table(spec: FusedSpec, row: int, values: int, amount: Amount) -> bo
         return False
     if not _adds(spec.prologue):
         # With the weight, newer Tritons than 3.6 need 81 registers instead of 64: half the programs.
-        return values == 16384 and spec.quantizer.group is not None
+        return values == 16384 and spec.quantizer.group is not None and amount is not Amount.FEW
     return values == 8192 and amount is Amount.UNKNOWN and not spec.quantizer.needs_amax
 
 
-def _amount(rows: Any, row: int, many: int) -> Amount:
+def _amount(spec: FusedSpec, row: int, rows: Any) -> Amount:
     if not isinstance(rows, int):
         return Amount.UNKNOWN
-    return Amount.FEW if rows * row <= _FEW_VALUES else Amount.MANY if rows >= many else Amount.UNKNOWN
+    # Whole rows that each have a processor: gated, 128 of 16384 per token 6.7 -> 5.5 us, GELU 7.3 -> 5.5; norms of 14336 4.9 -> 4.5.
+    if rows * row <= _FEW_VALUES or (rows <= _FEW_ROWS and whole_rows(spec)):
+        return Amount.FEW
+    return Amount.MANY if rows >= _least_of_many(spec, row) else Amount.UNKNOWN
+
+
+def _least_of_many(spec: FusedSpec, row: int) -> int:
+    """How many rows are many."""
+    if isinstance(spec.prologue, NoPrologue):
+        # 2048 rows, us: MXFP8 of 4096 8.1 -> 7.9, static of 7168 12.6 -> 12.3, packed of 14336 23.6 -> 23.1; TMA-aligned 12.7 -> 12.9.
+        return _MANY_ROWS if spec.layout in (ScaleLayout.COLUMN, ScaleLayout.TMA) else _MANY_ROWS // 2
+    groups, lanes = _powers_of_two(spec, row)
+    if groups * lanes == 8192 and isinstance(spec.prologue, RMSNorm) and not _adds(spec.prologue):
+        # 2048 rows, us: MXFP8 of 5120 10.8 -> 10.5, per token of 7168 14.4 -> 13.7, per group 14.7 -> 14.1, of 8192 15.5 -> 14.9, but with
+        # products of 32 bits per token of 7168 14.2 -> 15.9; 512 rows of 5120 4.6 -> 4.8.
+        in_few_registers = _multiplies_in_pairs(spec.prologue) or groups > 1
+        return _MANY_ROWS // 2 if _rounds_product(spec) and in_few_registers else _MANY_ROWS
+    return _MANY_ROWS
 
 
 def _warps(values: int, per_thread: int) -> int:
