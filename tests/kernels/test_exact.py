@@ -15,6 +15,7 @@ from fusion_pass.kernels.launch import configure, launch, rows_of
 from fusion_pass.kernels.reference import reference
 
 from fusion_pass import ops
+from fusion_pass.mx_specs import mx_quantizer
 from fusion_pass.specs import (
     Activation,
     FusedSpec,
@@ -214,6 +215,24 @@ def test_tiles_of_many_rows(prologue, quantizer, layout, monkeypatch, device):
     assert max(config.groups * config.lanes for config in configs) == largest
     for shape in shapes:
         check(spec, shape, BF16, device)
+
+
+@pytest.mark.parametrize(
+    "amount", [launch_table.Amount.UNKNOWN, launch_table.Amount.MANY], ids=lambda amount: amount.value
+)
+@pytest.mark.parametrize("prologue", ["norm", "one plus weight", "add norm"])
+@pytest.mark.parametrize(
+    "quantizer",
+    [Quantizer.dynamic(amax_floor=1e-10), Quantizer.dynamic(group=128), BYTES, mx_quantizer(torch.float4_e2m1fn_x2)],
+    ids=["token", "group", "bytes", "fp4"],
+)
+def test_norms_of_many_rows(quantizer, prologue, amount, monkeypatch, device):
+    """Of each length that the table tells apart, in the configurations for hundreds or thousands of rows."""
+    monkeypatch.setattr(launch_table, "_amount", lambda *_: amount)
+    monkeypatch.setattr(launch_table, "_parts", lambda *_: 1)
+    spec = FusedSpec(prologues(device, BF16)[prologue], quantizer)
+    for row in (1536, 2048, 2944, 3584, 4096, 5120, 7168, 8192, 14336, 16384):
+        check(spec, (2, row), BF16, device)
 
 
 @pytest.mark.parametrize("prologue", ["add norm", "add norm, sum unrounded", "norm", "silu"])
