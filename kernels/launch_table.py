@@ -67,8 +67,8 @@ class LaunchConfig:
 class Amount(enum.Enum):
     """How much there is to do, as far as it is known when a launch is compiled."""
 
-    FEW = "few"  # values that leave processors idle
-    UNKNOWN = "unknown"
+    FEW = "few"  # values that leave processors idle, or whole rows that each have one
+    UNKNOWN = "unknown"  # or between few and many
     MANY = "many"  # rows enough for programs that take several
 
 
