@@ -9,7 +9,7 @@ from __future__ import annotations
 import enum
 from dataclasses import dataclass, replace
 from functools import cache
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 import triton
@@ -79,12 +79,12 @@ def configure(spec: FusedSpec, row: int, rows: Any = None, dtype: torch.dtype = 
 
 @cache
 def _configured(spec: FusedSpec, row: int, amount: Amount, parts: int, dtype: torch.dtype) -> LaunchConfig:
-    groups, lanes = _powers_of_two(spec, row)
+    groups, lanes = _powers_of_two(row, group_length(spec, row))
     pairs = quantizes_fp4_pairs(spec, dtype)
     if not whole_rows(spec):
         return _tiles(spec, row, groups, lanes, amount, pairs)
     in_pairs = pairs and parts == 1 and amount is not Amount.FEW
-    if in_pairs and isinstance(spec.prologue, RMSNorm) and not _adds(spec.prologue):
+    if in_pairs and _is_norm_of_one(spec.prologue):
         if amount is Amount.UNKNOWN and (4096 <= groups * lanes <= 8192 or row == 16384):
             return _some_norms(spec, row, groups, lanes)
         return _norms_to_pairs(spec.prologue, row, groups, lanes, amount is Amount.MANY)
@@ -96,7 +96,7 @@ def _configured(spec: FusedSpec, row: int, amount: Amount, parts: int, dtype: to
 def _of_whole_rows(spec: FusedSpec, row: int, groups: int, lanes: int, amount: Amount) -> LaunchConfig:
     """Of a row by each program, or of several that are short."""
     values, rows = groups * lanes, _rows_to_a_program(groups * lanes)
-    if isinstance(spec.prologue, RMSNorm) and not _adds(spec.prologue):
+    if _is_norm_of_one(spec.prologue):
         if amount is Amount.MANY:
             return _many_norms(spec, row, rows, groups, lanes)
         if amount is Amount.UNKNOWN and 4096 <= values <= 16384 and _rounds_product(spec):
@@ -136,9 +136,9 @@ def _is_wasteful(row: int, values: int) -> bool:
     return row <= values * 3 // 4
 
 
-def _powers_of_two(spec: FusedSpec, row: int) -> tuple[int, int]:
+@cache
+def _powers_of_two(row: int, group: int) -> tuple[int, int]:
     """The groups of a row, and the values of a group, rounded up."""
-    group = group_length(spec, row)
     return triton.next_power_of_2(-(-row // group)), triton.next_power_of_2(group)
 
 
@@ -225,11 +225,12 @@ def _many_norms(spec: FusedSpec, row: int, rows: int, groups: int, lanes: int) -
 
 def _takes_four_warps(spec: FusedSpec, groups: int, lanes: int) -> bool:
     """Whether rows that fill their tiles are fastest by four warps, without a call, and with the weight read first."""
+    if not _rounds_product(spec):
+        return False
     if groups * lanes == 16384:
         # Products of 32 bits per group 103.3 with a late weight and the call, 106.8 so.
-        of_few_registers = _multiplies_in_pairs(spec.prologue) or groups == 1 or lanes < 128
-        return _rounds_product(spec) and not _is_static(spec) and of_few_registers
-    return _rounds_product(spec) and 4096 <= groups * lanes < 16384
+        return not _is_static(spec) and (_multiplies_in_pairs(spec.prologue) or groups == 1 or lanes < 128)
+    return 4096 <= groups * lanes < 16384
 
 
 def _many_norms_under_4096(spec: FusedSpec, row: int, groups: int, lanes: int) -> LaunchConfig:
@@ -246,11 +247,11 @@ def _many_norms_under_4096(spec: FusedSpec, row: int, groups: int, lanes: int) -
 
 
 def _many_short_norms(spec: FusedSpec, row: int, rows: int, groups: int, lanes: int) -> LaunchConfig:
-    """Of less than 8192 values."""
-    values, in_pairs, to_fp4 = groups * lanes, _multiplies_in_pairs(spec.prologue), spec.quantizer.e2m1 is not None
-    rounded_late, wasteful = _is_rounded_late(spec.prologue), _is_wasteful(row, values)
-    narrow = values == 4096 and not (to_fp4 and lanes < 128) and (rounded_late or (in_pairs and groups > 1))
-    late = values == 4096 and to_fp4 and rounded_late
+    """Of up to 2048 values, or of up to 4096 to FP4 or of products that are not rounded."""
+    values, wasteful, rounded_late = groups * lanes, _is_wasteful(row, groups * lanes), _is_rounded_late(spec.prologue)
+    to_fp4 = values == 4096 and spec.quantizer.e2m1 is not None
+    narrow = to_fp4 and lanes >= 128 and (rounded_late or (_multiplies_in_pairs(spec.prologue) and groups > 1))
+    late = to_fp4 and rounded_late
     # Per token of 1536 12.8 -> 11.5.
     first = values == 2048 and wasteful and groups == 1 and _rounds_product(spec)
     warps = _warps(rows * values, 64 if wasteful else 32)
@@ -343,7 +344,7 @@ def _parts(spec: FusedSpec, row: int, rows: Any) -> int:
     in_two_launches = spec.quantizer.granularity is Granularity.TENSOR and spec.quantizer.needs_amax
     if not isinstance(rows, int) or rows > _MOST_ROWS_SHARED or not whole_rows(spec) or in_two_launches:
         return 1
-    groups, lanes = _powers_of_two(spec, row)
+    groups, lanes = _powers_of_two(row, group_length(spec, row))
     parts = _parts_by_table(spec, min(groups * lanes, 16384), rows)
     return parts if spec.quantizer.group is None else min(parts, groups)
 
@@ -368,6 +369,11 @@ def _parts_by_table(spec: FusedSpec, values: int, rows: int) -> int:
 def _adds(prologue: Any) -> bool:
     """Whether a residual is added, and another row read."""
     return isinstance(prologue, RMSNorm) and prologue.residual_sum is not None
+
+
+def _is_norm_of_one(prologue: Any) -> TypeGuard[RMSNorm]:
+    """Whether rows are normalized as they are read, with no other added."""
+    return isinstance(prologue, RMSNorm) and prologue.residual_sum is None
 
 
 def _split(spec: FusedSpec, groups: int, lanes: int, parts: int) -> LaunchConfig:
@@ -411,12 +417,12 @@ def _gated_values_per_thread(prologue: GatedActivation, values: int, wasteful: b
 
 def _late_by_table(spec: FusedSpec, row: int, values: int, amount: Amount) -> bool:
     """Whether twice the warps with a weight that is read late were faster: more programs fit a processor."""
-    if not isinstance(spec.prologue, RMSNorm) or row != values:
+    if not isinstance(spec.prologue, RMSNorm) or row != values or amount is not Amount.UNKNOWN:
         return False
     if not _adds(spec.prologue):
         # With the weight, newer Tritons than 3.6 need 81 registers instead of 64: half the programs.
-        return values == 16384 and spec.quantizer.group is not None and amount is not Amount.FEW
-    return values == 8192 and amount is Amount.UNKNOWN and not spec.quantizer.needs_amax
+        return values == 16384 and spec.quantizer.group is not None
+    return values == 8192 and not spec.quantizer.needs_amax
 
 
 def _amount(spec: FusedSpec, row: int, rows: Any) -> Amount:
@@ -433,12 +439,13 @@ def _least_of_many(spec: FusedSpec, row: int) -> int:
     if isinstance(spec.prologue, NoPrologue):
         # 2048 rows, us: MXFP8 of 4096 8.1 -> 7.9, static of 7168 12.6 -> 12.3, packed of 14336 23.6 -> 23.1; TMA-aligned 12.7 -> 12.9.
         return _MANY_ROWS if spec.layout in (ScaleLayout.COLUMN, ScaleLayout.TMA) else _MANY_ROWS // 2
-    groups, lanes = _powers_of_two(spec, row)
-    if groups * lanes == 8192 and isinstance(spec.prologue, RMSNorm) and not _adds(spec.prologue):
+    if not _is_norm_of_one(spec.prologue) or not _rounds_product(spec):
+        return _MANY_ROWS
+    groups, lanes = _powers_of_two(row, group_length(spec, row))
+    if groups * lanes == 8192 and (groups > 1 or _multiplies_in_pairs(spec.prologue)):
         # 2048 rows, us: MXFP8 of 5120 10.8 -> 10.5, per token of 7168 14.4 -> 13.7, per group 14.7 -> 14.1, of 8192 15.5 -> 14.9, but with
         # products of 32 bits per token of 7168 14.2 -> 15.9; 512 rows of 5120 4.6 -> 4.8.
-        in_few_registers = _multiplies_in_pairs(spec.prologue) or groups > 1
-        return _MANY_ROWS // 2 if _rounds_product(spec) and in_few_registers else _MANY_ROWS
+        return _MANY_ROWS // 2
     return _MANY_ROWS
 
 

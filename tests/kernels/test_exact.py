@@ -499,13 +499,16 @@ def test_outputs_of_rows_that_programs_share(layout, quantizer, device):
         check(FusedSpec(prologue, quantizer, layout, sum_output=BF16, value_output=BF16), shape, BF16, device)
 
 
+def replace_fields(monkeypatch, **fields):
+    """Launch in the configurations of the table, but for these fields."""
+    chosen = launching.configure
+    monkeypatch.setattr(launching, "configure", lambda *a, **k: dataclasses.replace(chosen(*a, **k), **fields))
+
+
 @pytest.mark.parametrize("dtype", [BF16, F16, F32])
 def test_values_that_wait_in_16_bits(dtype, monkeypatch, device):
     """Also of rows that share a program, and where the weight is in float32."""
-    chosen = launching.configure
-    monkeypatch.setattr(
-        launching, "configure", lambda *a, **k: dataclasses.replace(chosen(*a, **k), narrow=True, late_weight=False)
-    )
+    replace_fields(monkeypatch, narrow=True, late_weight=False)
     for prologue, shape in itertools.product(["norm", "add norm", "one plus weight"], [(1, 4096), (3, 384), (13, 208)]):
         for quantizer in (Quantizer.dynamic(amax_floor=1e-10), Quantizer.dynamic(group=16, amax_floor=1e-10)):
             check(FusedSpec(prologues(device, BF16)[prologue], quantizer), shape, dtype, device)
@@ -514,9 +517,7 @@ def test_values_that_wait_in_16_bits(dtype, monkeypatch, device):
 @pytest.mark.parametrize("row", [384, 2112, 4096])
 def test_weights_read_first_and_means_without_calls(row, monkeypatch, device):
     """Also of rows that programs share, in two launches, and where there is no weight or mean of ATen's."""
-    chosen = launching.configure
-    fields = {"first_weight": True, "inline_mean": True, "late_weight": False}
-    monkeypatch.setattr(launching, "configure", lambda *a, **k: dataclasses.replace(chosen(*a, **k), **fields))
+    replace_fields(monkeypatch, first_weight=True, inline_mean=True, late_weight=False)
     quantizers = [Quantizer.dynamic(per_tensor=True), Quantizer.dynamic(group=32), SHARED["token"], SHARED["static"]]
     for prologue, quantizer in itertools.product(["norm", "weightless", "add norm", "x / sqrt"], quantizers):
         for rows in (1, 3, 67):
