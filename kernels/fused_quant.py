@@ -364,7 +364,14 @@ def store_quantized(
             if PAD_ROWS is not None:
                 scale = tl.where(present, scale, tl.zeros_like(scale))
                 present = has_room(rows, groups, M, N // GROUP, PAD_ROWS, PAD_GROUPS)
-        tl.store(scale_ptr + at, cast(scale, scale_ptr.dtype.element_ty), present)
+        if PEAK == "group" and GROUP >= 32 and scale_ptr.dtype.element_ty.primitive_bitwidth == 8 and x.shape[1] > 1:
+            # One of the threads that hold a group stores its scale. Told that a thread's values are neighbours, Triton leaves it to them.
+            at = tl.multiple_of(tl.max_contiguous(at + lanes % VECTOR, (1, 1, VECTOR)), (1, 1, VECTOR))
+            scale = tl.broadcast_to(cast(scale, scale_ptr.dtype.element_ty), at.shape)
+            pointers = tl.multiple_of(scale_ptr + at, (1, 1, VECTOR))
+            tl.store(pointers, scale, present & (lanes == 0))
+        else:
+            tl.store(scale_ptr + at, cast(scale, scale_ptr.dtype.element_ty), present)
 
 
 @triton.jit
