@@ -59,6 +59,7 @@ _CHOICES: dict[str, tuple[Any, ...]] = {
     "narrow": (False, True),
     "first_weight": (False, True),
     "inline_mean": (False, True),
+    "own_scales": (False, True),
 }
 _OF_NORMS = ("late_weight", "narrow", "first_weight", "inline_mean")
 _VALUES_PER_THREAD = (4, 128)

@@ -287,6 +287,23 @@ def quantized(x, peak, given, present, PROGRAM: tl.constexpr, CODES: tl.constexp
 
 
 @triton.jit
+def store_from_group(ptr, at, values, lanes, present, VECTOR: tl.constexpr):
+    """Store a value of each group by the thread that holds its first lanes.
+
+    Stored as it is, a value goes through shared memory to another thread, for which warps wait. Told that the bytes of a value are the
+    first of VECTOR neighbours, one for each lane, Triton leaves them to the threads that hold these lanes.
+    """
+    BYTES: tl.constexpr = values.dtype.primitive_bitwidth // 8
+    if BYTES == 1:
+        byte = values.to(tl.uint8, bitcast=True) + (lanes * 0).to(tl.uint8)
+    else:
+        byte = (values.to(tl.uint32, bitcast=True) >> (lanes % BYTES * 8).to(tl.uint32)).to(tl.uint8)
+    bytes_at = tl.max_contiguous(at * BYTES + lanes % VECTOR, (1, 1, VECTOR))
+    to = tl.multiple_of(ptr.to(tl.pointer_type(tl.uint8), bitcast=True) + bytes_at, (1, 1, VECTOR))
+    tl.store(to, byte, present & (lanes < BYTES))
+
+
+@triton.jit
 def store_quantized(
     x,
     peak,
@@ -312,6 +329,7 @@ def store_quantized(
     ONE_MATRIX: tl.constexpr,
     PAD_ROWS: tl.constexpr,
     PAD_GROUPS: tl.constexpr,
+    OWN_SCALES: tl.constexpr,
 ):
     """Quantize a tile of (rows, groups, lanes), and store its codes and scales; ``peak`` is the amax where PEAK is ``row``."""
     PAIRS: tl.constexpr = named(CODES, "pairs")
@@ -364,12 +382,8 @@ def store_quantized(
             if PAD_ROWS is not None:
                 scale = tl.where(present, scale, tl.zeros_like(scale))
                 present = has_room(rows, groups, M, N // GROUP, PAD_ROWS, PAD_GROUPS)
-        if PEAK == "group" and GROUP >= 32 and scale_ptr.dtype.element_ty.primitive_bitwidth == 8 and x.shape[1] > 1:
-            # One of the threads that hold a group stores its scale. Told that a thread's values are neighbours, Triton leaves it to them.
-            at = tl.multiple_of(tl.max_contiguous(at + lanes % VECTOR, (1, 1, VECTOR)), (1, 1, VECTOR))
-            scale = tl.broadcast_to(cast(scale, scale_ptr.dtype.element_ty), at.shape)
-            pointers = tl.multiple_of(scale_ptr + at, (1, 1, VECTOR))
-            tl.store(pointers, scale, present & (lanes == 0))
+        if OWN_SCALES and PEAK == "group" and GROUP >= 4 and x.shape[1] > 1:
+            store_from_group(scale_ptr, at, cast(scale, scale_ptr.dtype.element_ty), lanes, present, VECTOR)
         else:
             tl.store(scale_ptr + at, cast(scale, scale_ptr.dtype.element_ty), present)
 
@@ -397,6 +411,7 @@ def fused_quant_kernel(
     LATE_WEIGHT: tl.constexpr,
     FIRST_WEIGHT: tl.constexpr,
     INLINE_MEAN: tl.constexpr,
+    OWN_SCALES: tl.constexpr,
     NARROW: tl.constexpr,
     SEGMENT: tl.constexpr,
     WARPS: tl.constexpr,
@@ -428,7 +443,7 @@ def fused_quant_kernel(
     PEAK says where the amax comes from: each ``group`` of the tile; ``none`` is needed; or one that the whole tensor shares,
     in two launches: the first adds its tiles to it (``store``) and writes no codes, the second reads it (``load``).
     PROLOGUE and CODES are named constants, see :func:`named`; PROGRAM is what lies between amax and scale. With ESTIMATES,
-    activations of 16-bit values may be computed from those.
+    activations of 16-bit values may be computed from those. With OWN_SCALES threads that hold a group store its scale.
     ONE_MATRIX promises that ``scale_rows`` is M. With PAD_ROWS and PAD_GROUPS, of which the stored scales' rows and groups are
     multiples, padding gets zeros from the programs beside it and, below the last tile, from programs for PAD_TILE rows each;
     None leaves it as it is.
@@ -514,4 +529,5 @@ def fused_quant_kernel(
             ONE_MATRIX,
             PAD_ROWS,
             PAD_GROUPS,
+            OWN_SCALES,
         )

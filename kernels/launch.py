@@ -173,6 +173,7 @@ def _divided(spec: FusedSpec, config: LaunchConfig, x: torch.Tensor) -> tuple[tu
         "LANES": config.lanes,
         **of_kernel,
         "INLINE_MEAN": config.inline_mean,
+        "OWN_SCALES": config.own_scales,
         "WARPS": config.warps if _in_warps(spec, row, config) else None,
         "ONE_MATRIX": one_matrix,
         "PAD_TILE": pad_tile,

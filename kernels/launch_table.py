@@ -51,6 +51,7 @@ class LaunchConfig:
             most of it while the row is added up.
         inline_mean: whether a norm's mean takes no call: fewer instructions and registers, so that more programs fit, which is
             slower where memory is busy already.
+        own_scales: whether threads that hold a group store its scale: no exchange between warps, but smaller stores, and more of them.
     """
 
     rows: int
@@ -62,6 +63,7 @@ class LaunchConfig:
     parts: int = 1
     first_weight: bool = False
     inline_mean: bool = False
+    own_scales: bool = False
 
 
 class Amount(enum.Enum):

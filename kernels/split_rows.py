@@ -32,6 +32,7 @@ def fused_quant_split_kernel(
     LANES: tl.constexpr,
     PARTS: tl.constexpr,
     INLINE_MEAN: tl.constexpr,
+    OWN_SCALES: tl.constexpr,
     WARPS: tl.constexpr,
     ESTIMATES: tl.constexpr,
     PEAK: tl.constexpr,
@@ -116,4 +117,5 @@ def fused_quant_split_kernel(
         ONE_MATRIX,
         PAD_ROWS,
         PAD_GROUPS,
+        OWN_SCALES,
     )

@@ -50,6 +50,19 @@ def test_weights_read_first_are_asked_for_before_a_row_is_added_up(site):
     assert waits_for_weights(False) and not waits_for_weights(True)
 
 
+@pytest.mark.parametrize(
+    ("site", "barriers"), [("none -> group-column", 0), ("silu*mul -> mxfp8", 0), ("rms -> group", 1)]
+)
+def test_scales_stored_from_their_groups_are_not_exchanged(site, barriers):
+    """Each barrier is one of a norm's sum; left to Triton, there are one or two more."""
+
+    def waits(own):
+        (launch,) = machine_code.launches(site, 32, 4096, "bfloat16", {"own_scales": own})
+        return machine_code.compiled(launch).names["BAR"]
+
+    assert waits(True) == barriers < waits(False)
+
+
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_fp4_codes_of_pairs_take_fewer_instructions(dtype):
     """Of single values they take 315 for 16; where four threads compute a scale, and not two, 197, and after a norm 1166 for 64."""
