@@ -22,7 +22,20 @@ from fusion_pass.mx_specs import MX_BLOCK
 from cases import Case
 
 # Values per program and warps: from what suits one row to what suits many.
-CONFIGS = ((256, 1), (512, 2), (1024, 1), (1024, 2), (1024, 4), (2048, 4), (4096, 4), (4096, 8), (8192, 8), (8192, 16))
+CONFIGS = (
+    (256, 1),
+    (512, 2),
+    (512, 4),
+    (1024, 1),
+    (1024, 2),
+    (1024, 4),
+    (1024, 8),
+    (2048, 4),
+    (4096, 4),
+    (4096, 8),
+    (8192, 8),
+    (8192, 16),
+)
 # Where the transpose is written, too: rows and columns of a program's tile, and warps that leave a thread no more than 128
 # values, which are what its registers hold.
 TILES = ((32, 64), (32, 128), (64, 64), (64, 128), (128, 64), (128, 128))

@@ -81,6 +81,12 @@ def configure(spec: FusedSpec, row: int, rows: Any = None, dtype: torch.dtype = 
 
 @cache
 def _configured(spec: FusedSpec, row: int, amount: Amount, parts: int, dtype: torch.dtype) -> LaunchConfig:
+    config = _divided(spec, row, amount, parts, dtype)
+    return replace(config, own_scales=True) if _stores_own_scales(spec, row, config, amount) else config
+
+
+def _divided(spec: FusedSpec, row: int, amount: Amount, parts: int, dtype: torch.dtype) -> LaunchConfig:
+    """How programs and warps divide rows."""
     groups, lanes = _powers_of_two(row, group_length(spec, row))
     pairs = quantizes_fp4_pairs(spec, dtype)
     if not whole_rows(spec):
@@ -93,6 +99,23 @@ def _configured(spec: FusedSpec, row: int, amount: Amount, parts: int, dtype: to
     config = _of_whole_rows(spec, row, groups, lanes, amount) if parts == 1 else _split(spec, groups, lanes, parts)
     # FP4 codes are bound by instructions.
     return replace(config, inline_mean=True) if spec.quantizer.e2m1 is not None else config
+
+
+def _stores_own_scales(spec: FusedSpec, row: int, config: LaunchConfig, amount: Amount) -> bool:
+    """Whether warps would wait for an exchange of scales, where it is not said with the rest of a configuration."""
+    if spec.quantizer.group is None:
+        return False
+    to_fp4 = spec.quantizer.e2m1 is not None
+    if amount is Amount.FEW and isinstance(spec.prologue, RMSNorm):
+        # us: RMSNorm column-major of 128 x 5120 3.33 -> 3.10, MXFP8 of 1 x 8192 1.55 -> 1.50, but packed of 8 x 7168 1.67 -> 1.72, MXFP4 of
+        # 32 x 16384 2.78 -> 2.98.
+        return spec.layout is not ScaleLayout.PACKED and not (to_fp4 and config.groups >= 256)
+    if isinstance(spec.prologue, GatedActivation) and amount is not Amount.FEW and config.lanes < 128:
+        # us: MXFP4 of 2048 x 2880 9.45 -> 8.42, MXFP8 of 8192 x 2880 32.3 -> 30.5; of 7168 64.5 and 65.2. Triton 3.9: MXFP4 of 8192 x 14336
+        # 146 -> 134.
+        wasteful = _is_wasteful(row, triton.next_power_of_2(row))
+        return wasteful or (to_fp4 and amount is Amount.MANY)
+    return config.own_scales or (amount is Amount.FEW and spec.layout in (ScaleLayout.COLUMN, ScaleLayout.TMA))
 
 
 def _of_whole_rows(spec: FusedSpec, row: int, groups: int, lanes: int, amount: Amount) -> LaunchConfig:
@@ -155,8 +178,13 @@ def _tiles(spec: FusedSpec, row: int, groups: int, lanes: int, amount: Amount, p
     if few and gated:
         values, per_thread = _TILE_VALUES // 2, 4
         rows = 2 if spec.layout in (ScaleLayout.COLUMN, ScaleLayout.TMA) and lanes >= 128 else 1
-    elif few and _is_static(spec):
-        values = 2 * _TILE_VALUES
+        if _is_static(spec):
+            # Of 8 x 16384 1.71 -> 1.64 us.
+            lanes = min(lanes, values)
+    elif few:
+        rows = 2 if spec.layout is ScaleLayout.PACKED else 1
+        if _is_static(spec):
+            values = 2 * _TILE_VALUES
     elif (large := _large_tile(spec, row, lanes, amount, pairs)) is not None:
         # FP4 of 8192 rows of 7168: 38.2 -> 36.1 us.
         values, per_thread = large, 32 if pairs and row != 4 * _TILE_VALUES else 16
@@ -298,25 +326,41 @@ def _many_long_norms(spec: FusedSpec, row: int, groups: int, lanes: int) -> Laun
 
 def _norms_to_pairs(prologue: RMSNorm, row: int, groups: int, lanes: int, many: bool) -> LaunchConfig:
     """As :func:`_many_norms`, for FP4 codes of pairs, of which a thread has 16 neighbours."""
-    values, in_pairs, wasteful = groups * lanes, _multiplies_in_pairs(prologue), _is_wasteful(row, groups * lanes)
+    values, in_pairs, filled = groups * lanes, _multiplies_in_pairs(prologue), row == groups * lanes
     if values < 4096:
         rows = _rows_to_a_program(values)
         warps = _warps(rows * values, 32)
         return LaunchConfig(rows, groups, lanes, warps, narrow=many and in_pairs, inline_mean=True)
-    if values >= 16384:
-        if row != values:
-            return LaunchConfig(1, groups, lanes, _warps(values, 128), narrow=True, inline_mean=True)
-        # Of 8192 rows of 16384 narrow and late 89.6 -> 86.0 us; where products are of 32 bits, late alone is 91.3, with both 95.0, and
-        # without a call as fast with Triton 3.6, 109.6 with 3.9.
-        return LaunchConfig(1, groups, lanes, _warps(values, 128), True, in_pairs, inline_mean=in_pairs)
-    per_thread = 128 if row < values == 8192 else 64
-    late, narrow = not in_pairs, in_pairs
-    if values == 8192 and not in_pairs:
-        # Late, narrow and both, us: of 7168 44.9, 43.4, 45.2; of 8192 47.2, 47.3, 46.2; 65536 rows of 5120 225, 237.
-        late, narrow = wasteful or row == values, not wasteful
-    # Products of 32 bits, of 4096: 26.2 without a call for 25.8.
-    inline = in_pairs or values == 8192
-    return LaunchConfig(1, groups, lanes, _warps(values, per_thread), late, narrow, inline_mean=inline)
+    if values < 16384:
+        return (_pairs_of_4096 if values == 4096 else _pairs_of_8192)(prologue, row, groups, lanes)
+    warps = _warps(values, 128)
+    if not filled:
+        # 8192 rows of 14336 with their own scales 82.7 -> 80.6 us, rounded products 73.9 -> 72.5.
+        return LaunchConfig(1, groups, lanes, warps, narrow=True, inline_mean=True, own_scales=True)
+    # Of 8192 rows of 16384 narrow and late 89.6 -> 86.0 us; where products are of 32 bits, late alone is 91.3, with both 95.0, and without a
+    # call as fast with Triton 3.6, 109.6 with 3.9. Own scales are 1 to 21 % more.
+    return LaunchConfig(1, groups, lanes, warps, True, in_pairs, inline_mean=in_pairs)
+
+
+def _pairs_of_4096(prologue: RMSNorm, row: int, groups: int, lanes: int) -> LaunchConfig:
+    # 8192 rows, us: of 2880 20.2 -> 17.9, of f16 20.1 -> 17.1, products of 32 bits 21.3 -> 20.0, of 4096 25.9 -> 24.7. Rounded products of 4096
+    # with Triton 3.9 24.5 -> 23.0, with 3.6 22.8 -> 23.4; with their own scales 23.7 and 23.2.
+    own, first = row < 4096 or not _multiplies_in_pairs(prologue), _has_weight(prologue)
+    return LaunchConfig(1, groups, lanes, 2, narrow=True, first_weight=first, inline_mean=True, own_scales=own)
+
+
+def _pairs_of_8192(prologue: RMSNorm, row: int, groups: int, lanes: int) -> LaunchConfig:
+    filled = row == 8192
+    config = LaunchConfig(1, groups, lanes, 4 if filled else 2, narrow=True, inline_mean=True, own_scales=True)
+    if _multiplies_in_pairs(prologue):
+        # 8192 rows of 7168 38.6 -> 37.5 us, of 8192 41.9 -> 43.6.
+        return replace(config, own_scales=not filled)
+    if _is_wasteful(row, 8192) and prologue.rounded is torch.float16:
+        # 65536 rows of 5120 219 -> 211 us, with the weight first 234; with Triton 3.9 230 -> 211 and 210.
+        return replace(config, late_weight=True)
+    # Of 8192 46.5 -> 46.2 us, with Triton 3.9 46.8 -> 45.6; of 5120 31.8 -> 30.9, with Triton 3.9 33.3 -> 30.2; of 7168 43.8 -> 42.4, with
+    # the weight first 45.1.
+    return replace(config, first_weight=_has_weight(prologue) and (filled or _is_wasteful(row, 8192)))
 
 
 def _rounds_product(spec: FusedSpec) -> bool:
@@ -438,6 +482,9 @@ def _amount(spec: FusedSpec, row: int, rows: Any) -> Amount:
 
 def _least_of_many(spec: FusedSpec, row: int) -> int:
     """How many rows are many."""
+    if isinstance(spec.prologue, GatedActivation) and _is_static(spec):
+        # 2048 rows of 4096 11.6 -> 11.2 us, of 7168 18.7 -> 18.5.
+        return _MANY_ROWS // 2
     if isinstance(spec.prologue, NoPrologue):
         # 2048 rows, us: MXFP8 of 4096 8.1 -> 7.9, static of 7168 12.6 -> 12.3, packed of 14336 23.6 -> 23.1; TMA-aligned 12.7 -> 12.9.
         return _MANY_ROWS if spec.layout in (ScaleLayout.COLUMN, ScaleLayout.TMA) else _MANY_ROWS // 2
