@@ -235,16 +235,19 @@ def test_norms_of_many_rows(quantizer, prologue, amount, monkeypatch, device):
         check(spec, (2, row), BF16, device)
 
 
-@pytest.mark.parametrize("layout", ScaleLayout)
 @pytest.mark.parametrize(
-    "quantizer", [Quantizer.dynamic(group=16), BYTES, mx_quantizer(torch.float4_e2m1fn_x2)], ids=["f32", "bytes", "fp4"]
+    ("quantizer", "layout"),
+    [
+        (quantizer, layout)
+        for quantizer in (Quantizer.dynamic(group=16), BYTES, mx_quantizer(torch.float4_e2m1fn_x2))
+        for layout in ScaleLayout
+        if layout is not ScaleLayout.PACKED or quantizer.scale_dtype is torch.uint8
+    ],
 )
 def test_scales_stored_from_their_groups(quantizer, layout, monkeypatch, device):
     """Of one group and of several, of rows that leave lanes idle or share a program, and of parts of rows."""
     chosen = launching.configure
     monkeypatch.setattr(launching, "configure", lambda *a, **k: dataclasses.replace(chosen(*a, **k), own_scales=True))
-    if layout is ScaleLayout.PACKED and quantizer.scale_dtype is torch.float32:
-        return
     for prologue, shape in itertools.product(["none", "norm", "silu"], [(1, 32), (2, 4096), (2, 35, 96), (130, 160)]):
         check(FusedSpec(prologues(device, BF16)[prologue], quantizer, layout), shape, BF16, device)
 
