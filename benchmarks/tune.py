@@ -62,6 +62,7 @@ _CHOICES: dict[str, tuple[Any, ...]] = {
     "own_scales": (False, True),
 }
 _OF_NORMS = ("late_weight", "narrow", "first_weight", "inline_mean")
+_OF_GROUPS = ("own_scales",)
 _VALUES_PER_THREAD = (4, 128)
 # Programs that share a row, and the most rows for which they are tried.
 _PARTS = (2, 4, 8)
@@ -112,15 +113,15 @@ def operands(case: Case, inputs: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor
     return x, other if case.prologue.residual else None, weight, calibrated
 
 
-def candidates(chosen: LaunchConfig, whole: bool, norm: bool) -> Iterator[LaunchConfig]:
+def candidates(chosen: LaunchConfig, whole: bool, idle: tuple[str, ...]) -> Iterator[LaunchConfig]:
     """The chosen configuration, then the others with a sensible number of values to a thread.
 
     Args:
         whole: a program must hold whole rows: the number of groups is given.
-        norm: rows are added up: when the weight is read, what waits for the sum, and how the mean is found makes a difference.
+        idle: fields that make no difference.
     """
     yield chosen
-    fields = [f.name for f in dataclasses.fields(chosen) if f.name in _CHOICES and (norm or f.name not in _OF_NORMS)]
+    fields = [f.name for f in dataclasses.fields(chosen) if f.name in _CHOICES and f.name not in idle]
     choices = [(chosen.groups,) if name == "groups" and whole else _CHOICES[name] for name in fields]
     least, most = _VALUES_PER_THREAD
     for values in itertools.product(*choices):
@@ -173,7 +174,8 @@ def configurations(key: Key) -> list[LaunchConfig]:
     whole, grouped = whole_rows(spec), spec.quantizer.group is not None
     taken = chosen(key)
     unsplit = unshared(taken, grouped)
-    found = [taken, *candidates(unsplit, whole, isinstance(spec.prologue, RMSNorm))]
+    idle = (() if isinstance(spec.prologue, RMSNorm) else _OF_NORMS) + (() if grouped else _OF_GROUPS)
+    found = [taken, *candidates(unsplit, whole, idle)]
     if whole and rows <= _SHARED_ROWS:
         found += shared(unsplit, grouped)
     return list(dict.fromkeys(found))
