@@ -19,8 +19,10 @@ COMPILED = (OURS, DEFAULT, TUNED)
 Inputs = tuple[torch.Tensor, ...]
 
 
-def compiled(name: str, case: Case, inputs: Inputs) -> Callable[..., Any]:
+def compiled(name: str, case: Case, inputs: Inputs, traced: Inputs | None = None) -> Callable[..., Any]:
     """The case compiled for the inputs as contestant ``name`` of COMPILED has it, ready to be called.
+
+    With ``traced`` inputs it is compiled for those, and for any number of rows.
 
     What it returns lasts until the next call of this function: the compiler's caches are emptied first, for one function
     compiled in two ways is one entry there.
@@ -28,11 +30,16 @@ def compiled(name: str, case: Case, inputs: Inputs) -> Callable[..., Any]:
     On a CPU nothing is generated: the pass's rewritten graph is run node by node, and so is the plain one.
     """
     torch._dynamo.reset()
+    dynamic = None if traced is not None else False
+    if traced is not None:
+        inputs = traced
+        for matrix in (t for t in traced if t.dim() == 2):
+            torch._dynamo.mark_dynamic(matrix, 0)
     if inputs[0].device.type != "cuda":
-        fn = torch.compile(case.run, backend="fusion_pass_eager" if name == OURS else "aot_eager", dynamic=False)
+        fn = torch.compile(case.run, backend="fusion_pass_eager" if name == OURS else "aot_eager", dynamic=dynamic)
         fn(*inputs)
         return fn
-    fn = torch.compile(case.run, dynamic=False)
+    fn = torch.compile(case.run, dynamic=dynamic)
     if name == OURS:
         with fusion_pass.enabled(strict=True):
             fn(*inputs)

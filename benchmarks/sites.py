@@ -35,7 +35,7 @@ import contestants
 import plot
 import results
 import tables
-from cases import CASES, PROLOGUES, QUANTIZATIONS, Case, case_named
+from cases import CASES, PROLOGUES, QUANTIZATIONS, case_named
 from contestants import BARE, EAGER
 from progress import Progress
 from results import Cell, Result
@@ -99,12 +99,19 @@ def differing(actual: Any, expected: Any) -> tuple[int, int]:
     return different, elements
 
 
-def compile_one(cell: Cell, name: str, device: str) -> None:
+def compile_one(cell: Cell, name: str, device: str, traced_rows: int | None) -> None:
     case = case_named(cell.site)
-    contestants.compiled(name, case, case.inputs(cell.rows, cell.row, getattr(torch, cell.dtype), device))
+    _compiled(cell, name, case.inputs(cell.rows, cell.row, getattr(torch, cell.dtype), device), traced_rows)
 
 
-def measure(cell: Cell, names: Sequence[str], copy: float, device: str) -> Result:
+def _compiled(cell: Cell, name: str, inputs: Any, traced_rows: int | None) -> Callable[..., Any]:
+    case, traced = case_named(cell.site), None
+    if traced_rows is not None:
+        traced = case.inputs(traced_rows, cell.row, getattr(torch, cell.dtype), inputs[0].device)
+    return contestants.compiled(name, case, inputs, traced)
+
+
+def measure(cell: Cell, names: Sequence[str], copy: float, device: str, traced_rows: int | None) -> Result:
     """Time one cell; what raises is recorded with the contestant that did."""
     case = case_named(cell.site)
     moved = case.bytes(cell.rows, cell.row, 2)
@@ -119,7 +126,7 @@ def measure(cell: Cell, names: Sequence[str], copy: float, device: str) -> Resul
         return result
     short: dict[str, Callable[[], float]] = {}
     for name in names:
-        _attempt(name, case, buffers, expected, result, short)
+        _attempt(name, buffers, expected, result, short, traced_rows)
     result.times |= in_turns(short)
     short.clear()
     if device == "cuda":
@@ -129,11 +136,16 @@ def measure(cell: Cell, names: Sequence[str], copy: float, device: str) -> Resul
 
 
 def _attempt(
-    name: str, case: Case, buffers: list[Any], expected: Any, result: Result, short: dict[str, Callable[[], float]]
+    name: str,
+    buffers: list[Any],
+    expected: Any,
+    result: Result,
+    short: dict[str, Callable[[], float]],
+    traced_rows: int | None,
 ) -> None:
     """Time a contestant; what takes less than 20 us is kept in ``short``, to be timed again in turns with the others."""
     try:
-        for contestant, run in _runs(name, case, buffers, expected, result).items():
+        for contestant, run in _runs(name, buffers, expected, result, traced_rows).items():
             replay = timed(run, buffers)
             result.times[contestant] = median(replay)
             if result.times[contestant] < _SHORT_US:
@@ -142,15 +154,18 @@ def _attempt(
         result.errors[name] = _first_line(error)
 
 
-def _runs(name: str, case: Case, buffers: list[Any], expected: Any, result: Result) -> dict[str, Callable[..., Any]]:
+def _runs(
+    name: str, buffers: list[Any], expected: Any, result: Result, traced_rows: int | None
+) -> dict[str, Callable[..., Any]]:
     """What is timed for a contestant of the command line: itself, or each of its libraries."""
+    case = case_named(result.cell.site)
     if name == BARE:
         return {name: min(bare.candidates(case), key=lambda run: microseconds(run, buffers))}
     if name == EAGER:
         return {name: case.run}
     if name == "rivals":
         return contestants.rivals(case, buffers[0])
-    fn = contestants.compiled(name, case, buffers[0])
+    fn = _compiled(result.cell, name, buffers[0], traced_rows)
     result.differ[name], result.elements = differing(fn(*buffers[0]), expected)
     return {name: fn}
 
@@ -184,12 +199,13 @@ def run(arguments: argparse.Namespace) -> int:
             if arguments.jobs:
                 progress.show(f"compiling {len(batch)} cells")
             compiled = [name for name in arguments.contestants if name in contestants.COMPILED]
-            warmer.warm(compile_one, [(cell, name, device) for cell in batch for name in compiled])
+            tasks = [(cell, name, device, arguments.traced_rows) for cell in batch for name in compiled]
+            warmer.warm(compile_one, tasks)
             for cell in batch:
                 if time.monotonic() - start > 60 * arguments.minutes:
                     break
                 progress.show(str(cell))
-                known[cell] = measure(cell, arguments.contestants, copy, device)
+                known[cell] = measure(cell, arguments.contestants, copy, device, arguments.traced_rows)
                 progress.step()
                 if arguments.json:
                     results.append(arguments.json, known[cell])
@@ -225,6 +241,9 @@ def parser() -> argparse.ArgumentParser:
             choices=values if name != "rows" else None,
             help=f"instead of the grid's: {' '.join(map(str, values))}",
         )
+    made.add_argument(
+        "--traced-rows", type=int, help="compile with so many rows, for any number of them, and not for a cell's alone"
+    )
     made.add_argument("--sample", type=int, help="only so many of the cells, drawn at random, the same each time")
     every = (contestants.OURS, BARE, contestants.DEFAULT, contestants.TUNED, EAGER, "rivals")
     made.add_argument("--contestants", nargs="+", choices=every, default=list(every))

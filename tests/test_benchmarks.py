@@ -5,6 +5,7 @@ import math
 import time
 import xml.etree.ElementTree as ElementTree
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
@@ -89,6 +90,16 @@ def test_bare_traffic_has_the_outputs_of_the_site(device):
         assert (total is None) == (not case.prologue.residual)
         if total is not None:
             assert torch.equal(total, expected[-1])
+
+
+def test_what_is_compiled_for_any_number_of_rows_is_measured(tmp_path):
+    record = tmp_path / "r.jsonl"
+    with mock.patch.object(contestants, "compiled", side_effect=contestants.compiled) as compiled:
+        assert rehearse("--json", record, "--traced-rows", 8, "--rows", 3, "--contestants", "ours", "compile") == 0
+    assert {call.args[3][0].shape[0] for call in compiled.call_args_list} == {8}
+    for result in results.read(record):
+        assert result.errors == {} and result.cell.rows == 3 and set(result.times) == {"ours", "compile"}
+        assert result.differ == {"ours": 0, "compile": 0}
 
 
 def test_bare_traffic_in_both_directions(device):
