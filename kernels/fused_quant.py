@@ -294,10 +294,8 @@ def store_from_group(ptr, at, values, lanes, present, VECTOR: tl.constexpr):
     first of VECTOR neighbours, one for each lane, Triton leaves them to the threads that hold these lanes.
     """
     BYTES: tl.constexpr = values.dtype.primitive_bitwidth // 8
-    if BYTES == 1:
-        byte = values.to(tl.uint8, bitcast=True) + (lanes * 0).to(tl.uint8)
-    else:
-        byte = (values.to(tl.uint32, bitcast=True) >> (lanes % BYTES * 8).to(tl.uint32)).to(tl.uint8)
+    BITS: tl.constexpr = tl.uint8 if BYTES == 1 else tl.uint32
+    byte = (values.to(BITS, bitcast=True) >> (lanes % BYTES * 8).to(BITS)).to(tl.uint8)
     bytes_at = tl.max_contiguous(at * BYTES + lanes % VECTOR, (1, 1, VECTOR))
     to = tl.multiple_of(ptr.to(tl.pointer_type(tl.uint8), bitcast=True) + bytes_at, (1, 1, VECTOR))
     tl.store(to, byte, present & (lanes < BYTES))

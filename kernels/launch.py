@@ -29,7 +29,7 @@ from fusion_pass.terms import bounds
 from .arithmetic import INTERPRETED
 from .cheaper_scales import LARGEST, int8_needs_no_bounds, quantizes_fp4_pairs, with_cheaper_scales
 from .fused_quant import fused_quant_kernel
-from .launch_table import LaunchConfig, configure, whole_rows
+from .launch_table import LaunchConfig, configure, group_length, whole_rows
 from .scale_program import program
 from .split_rows import fused_quant_split_kernel
 
@@ -146,7 +146,9 @@ def _divided(spec: FusedSpec, config: LaunchConfig, x: torch.Tensor) -> tuple[tu
     """How programs divide x: their grid, and what they are told of it."""
     row = x.shape[-1]
     count = x.numel() // row
-    group = _group(spec, config, row)
+    # Of a row that programs share, and where a whole tensor shares the scale, what a program takes may as well be a group.
+    free = spec.quantizer.group is None and (config.parts > 1 or not whole_rows(spec))
+    group = config.lanes if free else group_length(spec, row)
     columns = -(-row // group)
     one_matrix = all(isinstance(size, int) and size == 1 for size in x.shape[:-2])
     pads = one_matrix and _writes_padding(spec, config, count, columns)
@@ -179,13 +181,6 @@ def _divided(spec: FusedSpec, config: LaunchConfig, x: torch.Tensor) -> tuple[tu
         "PAD_ROWS": pad_rows,
         "PAD_GROUPS": pad_groups,
     }
-
-
-def _group(spec: FusedSpec, config: LaunchConfig, row: int) -> int:
-    """Values per group; of a row that programs share, and where a whole tensor shares the scale, what a program takes may as well be one."""
-    if spec.quantizer.group is not None:
-        return spec.quantizer.group
-    return row if whole_rows(spec) and config.parts == 1 else config.lanes
 
 
 def _peak(spec: FusedSpec, config: LaunchConfig) -> str:

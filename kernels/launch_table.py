@@ -81,12 +81,12 @@ def configure(spec: FusedSpec, row: int, rows: Any = None, dtype: torch.dtype = 
 
 @cache
 def _configured(spec: FusedSpec, row: int, amount: Amount, parts: int, dtype: torch.dtype) -> LaunchConfig:
-    config = _divided(spec, row, amount, parts, dtype)
-    return replace(config, own_scales=True) if _stores_own_scales(spec, row, config, amount) else config
+    config = _by_amount(spec, row, amount, parts, dtype)
+    return replace(config, own_scales=config.own_scales or _stores_own_scales(spec, row, config, amount))
 
 
-def _divided(spec: FusedSpec, row: int, amount: Amount, parts: int, dtype: torch.dtype) -> LaunchConfig:
-    """How programs and warps divide rows."""
+def _by_amount(spec: FusedSpec, row: int, amount: Amount, parts: int, dtype: torch.dtype) -> LaunchConfig:
+    """How programs and warps divide rows; of many norms to FP4, for which it was measured with the rest, also who stores scales."""
     groups, lanes = _powers_of_two(row, group_length(spec, row))
     pairs = quantizes_fp4_pairs(spec, dtype)
     if not whole_rows(spec):
@@ -102,7 +102,7 @@ def _divided(spec: FusedSpec, row: int, amount: Amount, parts: int, dtype: torch
 
 
 def _stores_own_scales(spec: FusedSpec, row: int, config: LaunchConfig, amount: Amount) -> bool:
-    """Whether warps would wait for an exchange of scales, where it is not said with the rest of a configuration."""
+    """Whether warps would wait for an exchange of scales."""
     if spec.quantizer.group is None:
         return False
     to_fp4 = spec.quantizer.e2m1 is not None
@@ -115,7 +115,7 @@ def _stores_own_scales(spec: FusedSpec, row: int, config: LaunchConfig, amount: 
         # 146 -> 134.
         wasteful = _is_wasteful(row, triton.next_power_of_2(row))
         return wasteful or (to_fp4 and amount is Amount.MANY)
-    return config.own_scales or (amount is Amount.FEW and spec.layout in (ScaleLayout.COLUMN, ScaleLayout.TMA))
+    return amount is Amount.FEW and spec.layout in (ScaleLayout.COLUMN, ScaleLayout.TMA)
 
 
 def _of_whole_rows(spec: FusedSpec, row: int, groups: int, lanes: int, amount: Amount) -> LaunchConfig:
@@ -343,6 +343,7 @@ def _norms_to_pairs(prologue: RMSNorm, row: int, groups: int, lanes: int, many: 
 
 
 def _pairs_of_4096(prologue: RMSNorm, row: int, groups: int, lanes: int) -> LaunchConfig:
+    """Of 4096 values, of which rows may leave some idle."""
     # 8192 rows, us: of 2880 20.2 -> 17.9, of f16 20.1 -> 17.1, products of 32 bits 21.3 -> 20.0, of 4096 25.9 -> 24.7. Rounded products of 4096
     # with Triton 3.9 24.5 -> 23.0, with 3.6 22.8 -> 23.4; with their own scales 23.7 and 23.2.
     own, first = row < 4096 or not _multiplies_in_pairs(prologue), _has_weight(prologue)
@@ -350,17 +351,18 @@ def _pairs_of_4096(prologue: RMSNorm, row: int, groups: int, lanes: int) -> Laun
 
 
 def _pairs_of_8192(prologue: RMSNorm, row: int, groups: int, lanes: int) -> LaunchConfig:
-    filled = row == 8192
+    """Of 8192 values, of which rows may leave some idle."""
+    filled, wasteful = row == 8192, _is_wasteful(row, 8192)
     config = LaunchConfig(1, groups, lanes, 4 if filled else 2, narrow=True, inline_mean=True, own_scales=True)
     if _multiplies_in_pairs(prologue):
         # 8192 rows of 7168 38.6 -> 37.5 us, of 8192 41.9 -> 43.6.
         return replace(config, own_scales=not filled)
-    if _is_wasteful(row, 8192) and prologue.rounded is torch.float16:
+    if wasteful and prologue.rounded is torch.float16:
         # 65536 rows of 5120 219 -> 211 us, with the weight first 234; with Triton 3.9 230 -> 211 and 210.
         return replace(config, late_weight=True)
     # Of 8192 46.5 -> 46.2 us, with Triton 3.9 46.8 -> 45.6; of 5120 31.8 -> 30.9, with Triton 3.9 33.3 -> 30.2; of 7168 43.8 -> 42.4, with
     # the weight first 45.1.
-    return replace(config, first_weight=_has_weight(prologue) and (filled or _is_wasteful(row, 8192)))
+    return replace(config, first_weight=_has_weight(prologue) and (filled or wasteful))
 
 
 def _rounds_product(spec: FusedSpec) -> bool:

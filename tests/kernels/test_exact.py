@@ -235,6 +235,12 @@ def test_norms_of_many_rows(quantizer, prologue, amount, monkeypatch, device):
         check(spec, (2, row), BF16, device)
 
 
+def replace_fields(monkeypatch, **fields):
+    """Launch in the configurations of the table, but for these fields."""
+    chosen = launching.configure
+    monkeypatch.setattr(launching, "configure", lambda *a, **k: dataclasses.replace(chosen(*a, **k), **fields))
+
+
 @pytest.mark.parametrize(
     ("quantizer", "layout"),
     [
@@ -246,8 +252,7 @@ def test_norms_of_many_rows(quantizer, prologue, amount, monkeypatch, device):
 )
 def test_scales_stored_from_their_groups(quantizer, layout, monkeypatch, device):
     """Of one group and of several, of rows that leave lanes idle or share a program, and of parts of rows."""
-    chosen = launching.configure
-    monkeypatch.setattr(launching, "configure", lambda *a, **k: dataclasses.replace(chosen(*a, **k), own_scales=True))
+    replace_fields(monkeypatch, own_scales=True)
     for prologue, shape in itertools.product(["none", "norm", "silu"], [(1, 32), (2, 4096), (2, 35, 96), (130, 160)]):
         check(FusedSpec(prologues(device, BF16)[prologue], quantizer, layout), shape, BF16, device)
 
@@ -514,12 +519,6 @@ def test_outputs_of_rows_that_programs_share(layout, quantizer, device):
     prologue = prologues(device, BF16)["add norm"]
     for shape in ((3, 2048), (2, 5, 2112)):
         check(FusedSpec(prologue, quantizer, layout, sum_output=BF16, value_output=BF16), shape, BF16, device)
-
-
-def replace_fields(monkeypatch, **fields):
-    """Launch in the configurations of the table, but for these fields."""
-    chosen = launching.configure
-    monkeypatch.setattr(launching, "configure", lambda *a, **k: dataclasses.replace(chosen(*a, **k), **fields))
 
 
 @pytest.mark.parametrize("dtype", [BF16, F16, F32])
