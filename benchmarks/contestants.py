@@ -19,10 +19,10 @@ COMPILED = (OURS, DEFAULT, TUNED)
 Inputs = tuple[torch.Tensor, ...]
 
 
-def compiled(name: str, case: Case, inputs: Inputs, traced: Inputs | None = None) -> Callable[..., Any]:
+def compiled(name: str, case: Case, inputs: Inputs, any_rows: bool = False) -> Callable[..., Any]:
     """The case compiled for the inputs as contestant ``name`` of COMPILED has it, ready to be called.
 
-    With ``traced`` inputs it is compiled for those, and for any number of rows.
+    With ``any_rows`` it is compiled for the inputs' number of rows and for any other.
 
     What it returns lasts until the next call of this function: the compiler's caches are emptied first, for one function
     compiled in two ways is one entry there.
@@ -30,10 +30,9 @@ def compiled(name: str, case: Case, inputs: Inputs, traced: Inputs | None = None
     On a CPU nothing is generated: the pass's rewritten graph is run node by node, and so is the plain one.
     """
     torch._dynamo.reset()
-    dynamic = None if traced is not None else False
-    if traced is not None:
-        inputs = traced
-        for matrix in (t for t in traced if t.dim() == 2):
+    dynamic = None if any_rows else False
+    if any_rows:
+        for matrix in (t for t in inputs if t.dim() == 2):
             torch._dynamo.mark_dynamic(matrix, 0)
     if inputs[0].device.type != "cuda":
         fn = torch.compile(case.run, backend="fusion_pass_eager" if name == OURS else "aot_eager", dynamic=dynamic)

@@ -24,15 +24,24 @@ _FEW_ROWS_FACTOR = 1.3
 
 @dataclass(frozen=True)
 class Cell:
-    """One site at one size: (rows, row) values of ``dtype``."""
+    """One site at one size: (rows, row) values of ``dtype``.
+
+    Attributes:
+        traced_rows: the rows with which it is compiled for any number of them; None if it is for its own alone.
+    """
 
     site: str
     rows: int
     row: int
     dtype: str
+    traced_rows: int | None = None
 
     def __str__(self) -> str:
-        return f"{self.site}  {self.rows}x{self.row} {self.dtype}"
+        return f"{self.site}  {self.size} {self.dtype}"
+
+    @property
+    def size(self) -> str:
+        return f"{self.rows}x{self.row}" + ("" if self.traced_rows is None else f" by {self.traced_rows}")
 
 
 @dataclass
@@ -99,7 +108,7 @@ def row(result: Result, columns: Sequence[str]) -> list[str]:
     """The cells of a table's line under ``columns``, as :func:`header` gives them."""
     fixed = {
         "site": result.cell.site,
-        "MxN": f"{result.cell.rows}x{result.cell.row}",
+        "MxN": result.cell.size,
         "dtype": result.cell.dtype,
         "floor": _time(result.floor),
         "bare/ours": _ratio(result.ratio(BARE)),

@@ -35,7 +35,7 @@ import contestants
 import plot
 import results
 import tables
-from cases import CASES, PROLOGUES, QUANTIZATIONS, case_named
+from cases import CASES, PROLOGUES, QUANTIZATIONS, Case, case_named
 from contestants import BARE, EAGER
 from progress import Progress
 from results import Cell, Result
@@ -72,13 +72,13 @@ _COMPARED_AT_ONCE = 1 << 26
 _EAGER_BYTES_PER_VALUE = 32
 
 
-def cells(grid: dict[str, Sequence[Any]], memory: float) -> Iterator[Cell]:
+def cells(grid: dict[str, Sequence[Any]], memory: float, traced_rows: int | None = None) -> Iterator[Cell]:
     """The cells of a grid that divide into groups and take no more than ``memory`` bytes; sizes vary slowest."""
     wanted = [c for c in CASES if c.prologue.name in grid["prologue"] and c.quantization.name in grid["quantizer"]]
     for rows, row, dtype, case in itertools.product(grid["rows"], grid["row"], grid["dtype"], wanted):
         moved = case.bytes(rows, row, 2)
         if case.takes(rows, row) and buffer_count(moved) * moved + rows * row * _EAGER_BYTES_PER_VALUE <= memory:
-            yield Cell(case.name, rows, row, dtype)
+            yield Cell(case.name, rows, row, dtype, traced_rows)
 
 
 def differing(actual: Any, expected: Any) -> tuple[int, int]:
@@ -99,19 +99,14 @@ def differing(actual: Any, expected: Any) -> tuple[int, int]:
     return different, elements
 
 
-def compile_one(cell: Cell, name: str, device: str, traced_rows: int | None) -> None:
-    case = case_named(cell.site)
-    _compiled(cell, name, case.inputs(cell.rows, cell.row, getattr(torch, cell.dtype), device), traced_rows)
+def compile_one(cell: Cell, name: str, device: str) -> Callable[..., Any]:
+    case, any_rows = case_named(cell.site), cell.traced_rows is not None
+    rows = cell.rows if cell.traced_rows is None else cell.traced_rows
+    inputs = case.inputs(rows, cell.row, getattr(torch, cell.dtype), device)
+    return contestants.compiled(name, case, inputs, any_rows)
 
 
-def _compiled(cell: Cell, name: str, inputs: Any, traced_rows: int | None) -> Callable[..., Any]:
-    case, traced = case_named(cell.site), None
-    if traced_rows is not None:
-        traced = case.inputs(traced_rows, cell.row, getattr(torch, cell.dtype), inputs[0].device)
-    return contestants.compiled(name, case, inputs, traced)
-
-
-def measure(cell: Cell, names: Sequence[str], copy: float, device: str, traced_rows: int | None) -> Result:
+def measure(cell: Cell, names: Sequence[str], copy: float, device: str) -> Result:
     """Time one cell; what raises is recorded with the contestant that did."""
     case = case_named(cell.site)
     moved = case.bytes(cell.rows, cell.row, 2)
@@ -126,7 +121,7 @@ def measure(cell: Cell, names: Sequence[str], copy: float, device: str, traced_r
         return result
     short: dict[str, Callable[[], float]] = {}
     for name in names:
-        _attempt(name, buffers, expected, result, short, traced_rows)
+        _attempt(name, case, buffers, expected, result, short)
     result.times |= in_turns(short)
     short.clear()
     if device == "cuda":
@@ -136,16 +131,11 @@ def measure(cell: Cell, names: Sequence[str], copy: float, device: str, traced_r
 
 
 def _attempt(
-    name: str,
-    buffers: list[Any],
-    expected: Any,
-    result: Result,
-    short: dict[str, Callable[[], float]],
-    traced_rows: int | None,
+    name: str, case: Case, buffers: list[Any], expected: Any, result: Result, short: dict[str, Callable[[], float]]
 ) -> None:
     """Time a contestant; what takes less than 20 us is kept in ``short``, to be timed again in turns with the others."""
     try:
-        for contestant, run in _runs(name, buffers, expected, result, traced_rows).items():
+        for contestant, run in _runs(name, case, buffers, expected, result).items():
             replay = timed(run, buffers)
             result.times[contestant] = median(replay)
             if result.times[contestant] < _SHORT_US:
@@ -154,18 +144,18 @@ def _attempt(
         result.errors[name] = _first_line(error)
 
 
-def _runs(
-    name: str, buffers: list[Any], expected: Any, result: Result, traced_rows: int | None
-) -> dict[str, Callable[..., Any]]:
+def _runs(name: str, case: Case, buffers: list[Any], expected: Any, result: Result) -> dict[str, Callable[..., Any]]:
     """What is timed for a contestant of the command line: itself, or each of its libraries."""
-    case = case_named(result.cell.site)
     if name == BARE:
         return {name: min(bare.candidates(case), key=lambda run: microseconds(run, buffers))}
     if name == EAGER:
         return {name: case.run}
     if name == "rivals":
         return contestants.rivals(case, buffers[0])
-    fn = _compiled(result.cell, name, buffers[0], traced_rows)
+    if result.cell.traced_rows is None:
+        fn = contestants.compiled(name, case, buffers[0])
+    else:
+        fn = compile_one(result.cell, name, buffers[0][0].device.type)
     result.differ[name], result.elements = differing(fn(*buffers[0]), expected)
     return {name: fn}
 
@@ -184,7 +174,7 @@ def run(arguments: argparse.Namespace) -> int:
     memory = arguments.memory * 2**30
     if device == "cuda":
         memory = min(memory, 0.6 * torch.cuda.get_device_properties(0).total_memory)
-    wanted = list(cells({key: getattr(arguments, key) for key in _ALL}, memory))
+    wanted = list(cells({key: getattr(arguments, key) for key in _ALL}, memory, arguments.traced_rows))
     if arguments.sample is not None and arguments.sample < len(wanted):
         wanted = random.Random(0).sample(wanted, arguments.sample)
     known = {r.cell: r for r in results.read(arguments.json)} if arguments.resume else {}
@@ -199,13 +189,12 @@ def run(arguments: argparse.Namespace) -> int:
             if arguments.jobs:
                 progress.show(f"compiling {len(batch)} cells")
             compiled = [name for name in arguments.contestants if name in contestants.COMPILED]
-            tasks = [(cell, name, device, arguments.traced_rows) for cell in batch for name in compiled]
-            warmer.warm(compile_one, tasks)
+            warmer.warm(compile_one, [(cell, name, device) for cell in batch for name in compiled])
             for cell in batch:
                 if time.monotonic() - start > 60 * arguments.minutes:
                     break
                 progress.show(str(cell))
-                known[cell] = measure(cell, arguments.contestants, copy, device, arguments.traced_rows)
+                known[cell] = measure(cell, arguments.contestants, copy, device)
                 progress.step()
                 if arguments.json:
                     results.append(arguments.json, known[cell])

@@ -96,10 +96,18 @@ def test_what_is_compiled_for_any_number_of_rows_is_measured(tmp_path):
     record = tmp_path / "r.jsonl"
     with mock.patch.object(contestants, "compiled", side_effect=contestants.compiled) as compiled:
         assert rehearse("--json", record, "--traced-rows", 8, "--rows", 3, "--contestants", "ours", "compile") == 0
-    assert {call.args[3][0].shape[0] for call in compiled.call_args_list} == {8}
+    assert {(call.args[2][0].shape[0], call.args[3]) for call in compiled.call_args_list} == {(8, True)}
     for result in results.read(record):
         assert result.errors == {} and result.cell.rows == 3 and set(result.times) == {"ours", "compile"}
         assert result.differ == {"ours": 0, "compile": 0}
+
+
+def test_cells_compiled_for_any_number_of_rows_are_others(tmp_path, capsys):
+    record = tmp_path / "r.jsonl"
+    options = ["--json", record, "--resume", "--contestants", "compile"]
+    assert rehearse(*options) == rehearse(*options, "--traced-rows", 8) == 0
+    assert sorted({result.cell.size for result in results.read(record)}) == ["3x256", "3x256 by 8"]
+    assert len(results.read(record)) == 6
 
 
 def test_bare_traffic_in_both_directions(device):
