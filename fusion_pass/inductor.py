@@ -40,7 +40,13 @@ try:
     from torch._logging._internal import trace_log, trace_structured
     from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
     from torch.fx.experimental.proxy_tensor import make_fx
-    from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StatelessSymbolicContext, is_concrete_int
+    from torch.fx.experimental.symbolic_shapes import (
+        DimDynamic,
+        ShapeEnv,
+        StatelessSymbolicContext,
+        is_concrete_int,
+        statically_known_true,
+    )
     from torch.fx.experimental.symbolic_shapes import guard_or_false as known
     from torch.utils._config_module import _UNSET_SENTINEL as _UNSET
     from torch.utils._python_dispatch import _disable_current_modes, is_traceable_wrapper_subclass
@@ -65,6 +71,7 @@ __all__ = [
     "compile_without_joint_passes",
     "counters",
     "fake_mode_of",
+    "fixed_size",
     "float_inputs",
     "functional_launch",
     "is_concrete_int",
@@ -375,6 +382,14 @@ def spread_schedule(nodes: Sequence[Any], more: Callable[[fx.Node], int]) -> Non
         for name in ("min_order", "max_order"):
             order = getattr(node, name)
             setattr(node, name, order + shifts[bisect.bisect_right(orders, order) - 1])
+
+
+def fixed_size(size: Any) -> Any:
+    """The number that a size is by what was checked while it was traced, without another check; else the size."""
+    if not isinstance(size, torch.SymInt) or size.node.expr.is_Symbol:
+        return size
+    hint = size.node.hint
+    return int(hint) if hint is not None and statically_known_true(size == hint) else size
 
 
 def fake_mode_of(graph: fx.Graph) -> FakeTensorMode | contextlib.AbstractContextManager[None]:

@@ -24,8 +24,20 @@ def rewrite(graph: fx.Graph, sites: Iterable[FusedSite], values: Values) -> None
         with during("rewrite", site):
             editor.insert(site)
     if editor.replaced:
-        _erase_dead(graph, editor.replaced)
+        _erase_dead(graph, [*editor.replaced, *_read_sizes(graph)])
         inductor.sort_topologically(graph)
+
+
+def _read_sizes(graph: fx.Graph) -> list[fx.Node]:
+    """Replace the sizes that are read from tensors, which would keep these alive, where they are numbers after all."""
+    sizes = {
+        node: inductor.fixed_size(node.meta.get("val"))
+        for node in graph.find_nodes(op="call_function", target=aten.sym_size.int)
+    }
+    numbers = {node: size for node, size in sizes.items() if isinstance(size, int)}
+    for user in {user for node in numbers for user in node.users}:
+        user.args, user.kwargs = fx.node.map_arg((user.args, user.kwargs), lambda n: numbers.get(n, n))
+    return list(numbers)
 
 
 def _erase_dead(graph: fx.Graph, replaced: Iterable[fx.Node]) -> None:

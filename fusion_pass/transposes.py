@@ -8,7 +8,7 @@ from torch import fx
 
 from .cast_transpose import supports
 from .patterns.layouts import swaps_last_two
-from .patterns.values import FLOATS, Values, dtype, shape
+from .patterns.values import FLOATS, Values, dtype, same_shape, shape
 from .sites import FusedSite
 from .specs import Granularity, NoPrologue, Quantizer, ScaleLayout
 
@@ -21,10 +21,11 @@ def read_in_place(sites: list[FusedSite], values: Values) -> list[FusedSite]:
         matrix = _transposed_matrix(site, values) if _is_plain(site) else None
         if matrix is not None:
             transposed.append((site, matrix))
-            if site.quantizer.granularity is Granularity.GROUP:
+            if site.quantizer.granularity is Granularity.GROUP or not isinstance(shape(matrix)[0], int):
                 site.x, site.by_columns = matrix, True
-        elif _is_plain(site) and shape(site.x) == shape(values.core(site.x)):
-            by_rows[(values.core(site.x), shape(site.x)[-1], _in_blocks(site))] = site
+                site.spec = dataclasses.replace(site.spec, quantizer=_in_blocks(site))
+        elif _is_plain(site) and same_shape(shape(site.x), shape(values.core(site.x))):
+            by_rows[(values.core(site.x), site.row, _in_blocks(site))] = site
     for site, matrix in transposed:
         # The same values in rows of another length are another matrix.
         pair = by_rows.get((values.core(matrix), shape(matrix)[-1], _in_blocks(site)))
@@ -60,7 +61,12 @@ def _transposed_matrix(site: FusedSite, values: Values) -> fx.Node | None:
     matrix, group = core.args[0], _in_blocks(site).group
     assert isinstance(matrix, fx.Node)
     assert group is not None
-    sizes = shape(matrix)
-    if not all(isinstance(size, int) and size % group == 0 for size in sizes) or site.row != sizes[0]:
+    rows, row = shape(matrix)
+    if not isinstance(row, int) or row % group:
         return None
-    return matrix
+    if isinstance(rows, int):
+        return matrix if rows % group == 0 and site.row == rows else None
+    # Scales for each of the transpose's rows prove that a row, however long, is of whole blocks.
+    assert site.scale is not None
+    scales = shape(site.scale)
+    return matrix if site.row == group and len(scales) > 1 and scales[0] == row else None

@@ -111,9 +111,14 @@ def _halves(node: fx.Node) -> tuple[_Half, _Half] | None:
         if not multiplied and not (shifted.target in _SHIFTS and shifted.args[1] == 4):
             continue
         even, odd = _every_other(low, 0), _every_other(shifted.args[0], 1)
-        if even is not None and odd is not None and same_shape(shape(low), shape(high)):
+        # Of an unknown length, which is even, they are rounded up and down.
+        if even is not None and odd is not None and _known_to_be(shape(low), shape(high)):
             return even, (odd[0], (shifted, *odd[1]))
     return None
+
+
+def _known_to_be(sizes: tuple[Any, ...], others: tuple[Any, ...]) -> bool:
+    return len(sizes) == len(others) and all(known(a == b) for a, b in zip(sizes, others, strict=True))
 
 
 def _unpresented(node: fx.Node) -> fx.Node:

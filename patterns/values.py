@@ -14,7 +14,7 @@ import torch
 from torch import fx
 from torch.fx.immutable_collections import immutable_dict, immutable_list
 
-from fusion_pass.inductor import stored_number
+from fusion_pass.inductor import fixed_size, stored_number
 
 from . import op_table
 
@@ -51,9 +51,10 @@ def tensor(node: Any) -> torch.Tensor | None:
 
 
 def shape(node: fx.Node) -> tuple[Any, ...]:
+    """The sizes of a node's tensor, numbers where they are known to be."""
     value = tensor(node)
     assert value is not None
-    return tuple(value.shape)
+    return tuple([fixed_size(size) for size in value.shape])
 
 
 def dtype(node: fx.Node) -> torch.dtype | None:

@@ -88,10 +88,10 @@ def values(device):
     return rows.to(torch.bfloat16).to(device)
 
 
-def compiled(fn, *tensors):
+def compiled(fn, *tensors, dynamic=False):
     torch._dynamo.reset()
     report = Report()
-    result = torch.compile(fn, backend=collecting(report), dynamic=False)(*tensors)
+    result = torch.compile(fn, backend=collecting(report), dynamic=dynamic)(*tensors)
     return result, report
 
 
@@ -103,6 +103,20 @@ def test_conversions_fuse(convert, pack, device):
     assert [site.name for site in report.fused] == ["quant_mxfp4"], report
     rule = report.fused[0].quantizer.e2m1
     assert (rule.ties, rule.sign) == (CONVERSIONS[convert].ties, CONVERSIONS[convert].sign)
+    assert compare(result, fn(x)).equal
+
+
+@pytest.mark.parametrize("pack", [joined, reshaped])
+def test_rows_of_an_unknown_length(pack, device):
+    """Those of a transpose, whose length is that of whole blocks."""
+
+    def fn(x):
+        return (*mxfp4(by_bits, pack)(x), *mxfp4(by_bits, pack)(x.t().contiguous()))
+
+    x = values(device).repeat(16, 1)
+    torch._dynamo.mark_dynamic(x, 0)
+    result, report = compiled(fn, x, dynamic=None)
+    assert [site.name for site in report.fused] == ["quant_mxfp4_both_ways"], report
     assert compare(result, fn(x)).equal
 
 

@@ -84,8 +84,25 @@ def test_what_a_norm_computes_is_read_by_columns(device):
     assert names == ["rms_norm_mxfp8", "quant_mxfp8_by_columns"]
 
 
-def test_a_number_of_rows_that_is_not_known_keeps_its_copy(device):
-    x = torch.randn(64, 96, device=device).to(torch.bfloat16)
-    torch._dynamo.mark_dynamic(x, 0)
-    fused = compiled(both, x, dynamic=None).fused
-    assert not any("by_columns" in site.name or "both_ways" in site.name for site in fused)
+@pytest.mark.parametrize(
+    ("fn", "names"),
+    [
+        (both, ["quant_mxfp8_both_ways"]),
+        (lambda x: mxfp8(x.t().contiguous()), ["quant_mxfp8_by_columns"]),
+        (lambda x: spelled.per_group(x.t().contiguous(), 32), ["quant_per_group_32_by_columns"]),
+        # Blocks that are no parts of the transpose's rows, or not seen to be.
+        (lambda x: mxfp8(x.t().contiguous().view(48, -1)), ["quant_per_token_ue8m0_bytes"]),
+        (lambda x: mxfp8(x.t().contiguous().view(-1, 32)), ["quant_per_token_ue8m0_bytes"]),
+        (lambda x: mxfp8(x.t().contiguous().view(-1, 64)), ["quant_mxfp8"]),
+    ],
+)
+def test_a_number_of_rows_that_is_not_known(fn, names, device):
+    torch._dynamo.reset()
+    report = Report()
+    fused = torch.compile(fn, backend=collecting(report))
+    for rows in (128, 192):
+        x = torch.randn(rows, 96, device=device).to(torch.bfloat16)
+        torch._dynamo.mark_dynamic(x, 0)
+        assert compare(tuple(fused(x)), tuple(fn(x))).equal
+    # Both numbers are one graph's.
+    assert sorted(site.name for site in report.fused) == sorted(names)

@@ -218,8 +218,9 @@ def transposed(x):
     return codes
 
 
-def test_a_matrix_and_its_transpose_are_one_launch():
-    report, graph = lowered(transposed, (64, 96))
+@pytest.mark.parametrize("dynamic", [(), (0,)])
+def test_a_matrix_and_its_transpose_are_one_launch(dynamic):
+    report, graph = lowered(transposed, (64, 96), dynamic=dynamic)
     assert [site.name for site in report.fused] == ["quant_mxfp8_both_ways"]
     assert len(launches(graph)) == 1
     assert not calls_fusion_pass(graph)
@@ -237,6 +238,7 @@ def test_a_matrix_and_its_transpose_are_one_launch():
         (silu, [(8, 1024)], (0,)),
         (per_tensor, [(7, 1024)], ()),
         (transposed, [(64, 96)], ()),
+        (transposed, [(64, 96)], (0,)),
     ],
 )
 def test_inductor_can_analyse_the_kernel(fn, shapes, dynamic, monkeypatch):
