@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 from collections.abc import Callable
 from typing import Any
@@ -39,15 +40,23 @@ def compiled(name: str, case: Case, inputs: Inputs, any_rows: bool = False) -> C
         fn(*inputs)
         return fn
     fn = torch.compile(case.run, dynamic=dynamic)
+
+    def run(*arguments: torch.Tensor) -> Any:
+        # Code for any number of rows is compiled anew for one.
+        with _compiling(name):
+            return fn(*arguments)
+
+    run(*inputs)
+    return run
+
+
+def _compiling(name: str) -> contextlib.AbstractContextManager[Any]:
+    """What a contestant of COMPILED is compiled under."""
     if name == OURS:
-        with fusion_pass.enabled(strict=True):
-            fn(*inputs)
-    else:
-        # Found anew in each process: what another process found while the GPU was shared is not to be trusted. By default,
-        # too, Inductor times a few configurations of some kernels.
-        with config.patch(coordinate_descent_tuning=name == TUNED, autotune_local_cache=False):
-            fn(*inputs)
-    return fn
+        return fusion_pass.enabled(strict=True)
+    # Found anew in each process: what another process found while the GPU was shared is not to be trusted. By default,
+    # too, Inductor times a few configurations of some kernels.
+    return config.patch(coordinate_descent_tuning=name == TUNED, autotune_local_cache=False)
 
 
 def _torchao_rows() -> Callable[..., Any]:
