@@ -1,8 +1,8 @@
 """The cast-transpose of 16-bit values whose factors are powers of two: they stay in pairs until they are codes.
 
-A program is four warps, each with 32 rows of 64 columns. Triton gives a thread 8 neighbouring columns and every 16th row of the
-tile, so rows are numbered such that these are neighbours, too: amaxes in both directions then take two exchanges between threads,
-four codes of a column make a word, and only words of codes pass through shared memory on their way to the transpose.
+Each warp of a program has 32 rows. Triton gives a thread 8 neighbouring columns and rows of the tile that are as far apart as all warps
+reach at once, so rows are numbered such that these are neighbours, too: amaxes in both directions then take two or three exchanges
+between threads, four codes of a column make a word, and only words of codes pass through shared memory on their way to the transpose.
 
 A pair is an int32: two neighbouring values of a row, the first in the low half; F16 says that they are f16, not bf16. Which specs this
 kernel computes, :func:`fusion_pass.kernels.cast_transpose.packs` says.
@@ -21,10 +21,6 @@ from .placement import block_scale_address, code_address
 from .scale_program import evaluate
 from .tiles import load
 
-# What a launch must know. The device functions are written for these shapes, and have them as numbers.
-TILE_ROWS = 128
-TILE_COLUMNS = 64
-WARPS = 4
 BLOCK = 32
 
 
@@ -119,9 +115,11 @@ def paired(x):
 
 
 @triton.jit
-def tile_row(index):
-    """The row of the tile that has an index: of each warp's rows, every thread's 8 are neighbours."""
-    return 32 * (index // 4 % 4) + 8 * (index % 4) + index // 16
+def tile_row(index, COLUMNS: tl.constexpr, WARPS: tl.constexpr):
+    """The row of the tile that has an index: of each warp's rows, every thread's are neighbours, an eighth as many as columns."""
+    OF_THREAD: tl.constexpr = COLUMNS // 8
+    THREADS: tl.constexpr = 32 // OF_THREAD
+    return 32 * (index // THREADS % WARPS) + OF_THREAD * (index % THREADS) + index // (THREADS * WARPS)
 
 
 @triton.jit
@@ -140,24 +138,28 @@ def quantize_rows(
     PROGRAM: tl.constexpr,
     F16: tl.constexpr,
     CODES: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    WARPS: tl.constexpr,
 ):
-    """Quantize a (128, 32) tile of pairs, 64 columns of x, in blocks of 32 columns."""
+    """Quantize a tile of (32 * WARPS, COLUMNS // 2) pairs in blocks of 32 columns."""
+    ROWS: tl.constexpr = 32 * WARPS
+    GROUPS: tl.constexpr = COLUMNS // 32
     # Each thread's 8 columns first, two of its rows in a pair; then the four threads of a block of 32 columns.
-    octets = largest(tl.reshape(magnitudes, (128, 8, 4)), 2, F16)
-    upper, lower = tl.split(tl.permute(tl.reshape(octets, (2, 64, 8)), (1, 2, 0)))
-    peaks = largest(tl.reshape(larger_halves(upper, lower, F16), (64, 2, 4)), 2, F16)
-    peak = tl.reshape(tl.permute(tl.join(low(peaks, F16), high(peaks, F16)), (2, 0, 1)), (128, 2))
+    octets = largest(tl.reshape(magnitudes, (ROWS, COLUMNS // 8, 4)), 2, F16)
+    upper, lower = tl.split(tl.permute(tl.reshape(octets, (2, ROWS // 2, COLUMNS // 8)), (1, 2, 0)))
+    peaks = largest(tl.reshape(larger_halves(upper, lower, F16), (ROWS // 2, GROUPS, 4)), 2, F16)
+    peak = tl.reshape(tl.permute(tl.join(low(peaks, F16), high(peaks, F16)), (2, 0, 1)), (ROWS, GROUPS))
     factor, scale = evaluate(peak, tl.full(peak.shape, 0.0, tl.float32), PROGRAM)
-    rows = tile_row(tl.arange(0, 128))[:, None]
-    groups = first_column // 32 + tl.arange(0, 2)[None, :]
+    rows = tile_row(tl.arange(0, ROWS), COLUMNS, WARPS)[:, None]
+    groups = first_column // 32 + tl.arange(0, GROUPS)[None, :]
     present = first_row + rows < M
     at = block_scale_address(first_row + rows, groups, M, N // 32, LAYOUT)
     inside = None if FULL else present & (groups < N // 32)
     tl.store(scale_ptr + at, cast(scale, scale_ptr.dtype.element_ty), inside)
-    first, second = tl.split(tl.reshape(pairs, (128, 2, 8, 2)))
+    first, second = tl.split(tl.reshape(pairs, (ROWS, GROUPS, 8, 2)))
     f = factor[:, :, None]
     # Two pairs make 4 bytes, or of FP4 codes 2. A tile's first address is that of the matrix plus those of the tile.
-    quads = tl.arange(0, 16)[None, :]
+    quads = tl.arange(0, COLUMNS // 4)[None, :]
     # Told so, Triton finds no more than the two units of a thread to be neighbours: else they would change threads.
     quads = quads // 2 * 2 + quads % 2
     inside = None if FULL else present & (first_column + 4 * quads < N)
@@ -171,17 +173,19 @@ def quantize_rows(
         code = e2m1_word(first, second, f, F16, CODES)
         corner = code_ptr.to(tl.pointer_type(tl.int16), bitcast=True)
     corner += code_address(first_row, first_column // 4, N // 4, SHUFFLED, UNIT)
-    tl.store(corner + code_address(rows, quads, N // 4, SHUFFLED, UNIT), tl.reshape(code, (128, 16)), inside)
+    tl.store(corner + code_address(rows, quads, N // 4, SHUFFLED, UNIT), tl.reshape(code, (ROWS, COLUMNS // 4)), inside)
 
 
 @triton.jit
-def four_rows(pairs):
-    """A (128, 32) tile as the pairs of four neighbouring rows, each (block, thread, pair, half of the thread's rows).
+def four_rows(pairs, COLUMNS: tl.constexpr, WARPS: tl.constexpr):
+    """A tile as the pairs of four neighbouring rows, each (block, thread, pair, four of the thread's rows).
 
-    Undoes :func:`tile_row`: the tile's index is 16 times the row of a thread's 8, plus 4 times the block, plus the thread.
+    Undoes :func:`tile_row`: the tile's index counts a thread's rows, then the blocks, then the threads.
     """
-    by_row = tl.permute(tl.reshape(pairs, (8, 4, 4, 32)), (1, 2, 3, 0))
-    even, odd = tl.split(tl.reshape(by_row, (4, 4, 32, 2, 2, 2)))
+    OF_THREAD: tl.constexpr = COLUMNS // 8
+    THREADS: tl.constexpr = 32 // OF_THREAD
+    by_row = tl.permute(tl.reshape(pairs, (OF_THREAD, WARPS, THREADS, COLUMNS // 2)), (1, 2, 3, 0))
+    even, odd = tl.split(tl.reshape(by_row, (WARPS, THREADS, COLUMNS // 2, OF_THREAD // 4, 2, 2)))
     first, third = tl.split(even)
     second, fourth = tl.split(odd)
     return first, second, third, fourth
@@ -203,20 +207,23 @@ def quantize_columns(
     PROGRAM: tl.constexpr,
     F16: tl.constexpr,
     CODES: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    WARPS: tl.constexpr,
 ):
-    """Quantize a (128, 32) tile of pairs, 64 columns of x, in blocks of 32 rows; codes are written as the transpose's."""
-    peaks = largest(largest(tl.reshape(magnitudes, (8, 4, 4, 32)), 0, F16), 1, F16)
+    """Quantize a tile of (32 * WARPS, COLUMNS // 2) pairs in blocks of 32 rows; codes are written as the transpose's."""
+    by_thread = tl.reshape(magnitudes, (COLUMNS // 8, WARPS, 256 // COLUMNS, COLUMNS // 2))
+    peaks = largest(largest(by_thread, 0, F16), 1, F16)
     peak = tl.join(low(peaks, F16), high(peaks, F16))
     factor, scale = evaluate(peak, tl.full(peak.shape, 0.0, tl.float32), PROGRAM)
-    blocks = first_row // 32 + tl.arange(0, 4)[:, None, None]
-    columns = first_column + 2 * tl.arange(0, 32)[None, :, None] + tl.arange(0, 2)[None, None, :]
+    blocks = first_row // 32 + tl.arange(0, WARPS)[:, None, None]
+    columns = first_column + 2 * tl.arange(0, COLUMNS // 2)[None, :, None] + tl.arange(0, 2)[None, None, :]
     at = block_scale_address(columns, blocks, N, M // 32, LAYOUT)
     inside = None if FULL else (columns < N) & (blocks < M // 32)
     tl.store(scale_ptr + at, cast(scale, scale_ptr.dtype.element_ty), inside)
     f, g = tl.split(factor)
     f = f[:, None, :, None]
     g = g[:, None, :, None]
-    a, b, c, d = four_rows(pairs)
+    a, b, c, d = four_rows(pairs, COLUMNS, WARPS)
     UNIT: tl.constexpr = 4 if named(CODES, "ties") is None else 2
     if named(CODES, "ties") is None:
         even = fp8_pair(low(a, F16) * f, low(b, F16) * f, code_ptr.dtype.element_ty) | (
@@ -231,9 +238,9 @@ def quantize_columns(
         both = e2m1_four(a, c, f, g, F16, CODES) + e2m1_four(b, d, f, g, F16, CODES) * 16
         even, odd = both.to(tl.int16), (both >> 16).to(tl.int16)
         corner = code_ptr.to(tl.pointer_type(tl.int16), bitcast=True)
-    code = tl.reshape(tl.permute(tl.join(even, odd), (2, 4, 0, 1, 3)), (64, 32))
-    column = first_column + tl.arange(0, 64)[:, None]
-    quads = first_row // 4 + tl.arange(0, 32)[None, :]
+    code = tl.reshape(tl.permute(tl.join(even, odd), (2, 4, 0, 1, 3)), (COLUMNS, 8 * WARPS))
+    column = first_column + tl.arange(0, COLUMNS)[:, None]
+    quads = first_row // 4 + tl.arange(0, 8 * WARPS)[None, :]
     inside = None if FULL else (column < N) & (4 * quads < M)
     tl.store(corner + code_address(column, quads, M // 4, SHUFFLED, UNIT), code, inside)
 
@@ -255,15 +262,19 @@ def packed_cast_transpose_kernel(
     COLUMN_SHUFFLED: tl.constexpr,
     PROGRAM: tl.constexpr,
     CODES: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    WARPS: tl.constexpr,
 ):
-    """One program: a 128 x 64 tile of bf16 or f16 x (M, N), both multiples of 32. FULL promises that tiles cover it exactly.
+    """One program: a tile of 32 * WARPS rows and 32 or 64 COLUMNS of bf16 or f16 x (M, N), both multiples of 32.
+
+    FULL promises that tiles cover x exactly.
 
     The grid has strips of tiles, all columns of a strip after another: rows within a strip, columns, strips.
     """
-    first_row = (tl.program_id(2) * tl.num_programs(0) + tl.program_id(0)).to(tl.int64) * 128
-    first_column = tl.program_id(1).to(tl.int64) * 64
-    rows = tile_row(tl.arange(0, 128))[:, None]
-    columns = tl.arange(0, 64)[None, :]
+    first_row = (tl.program_id(2) * tl.num_programs(0) + tl.program_id(0)).to(tl.int64) * (32 * WARPS)
+    first_column = tl.program_id(1).to(tl.int64) * COLUMNS
+    rows = tile_row(tl.arange(0, 32 * WARPS), COLUMNS, WARPS)[:, None]
+    columns = tl.arange(0, COLUMNS)[None, :]
     inside = None if FULL else (first_row + rows < M) & (first_column + columns < N)
     corner = x_ptr + (first_row * x_stride + first_column)
     pairs = paired(load(corner + (rows.to(tl.int64) * x_stride + columns), inside))
@@ -283,6 +294,8 @@ def packed_cast_transpose_kernel(
         PROGRAM,
         x_ptr.dtype.element_ty == tl.float16,
         CODES,
+        COLUMNS,
+        WARPS,
     )
     quantize_columns(
         pairs,
@@ -299,4 +312,6 @@ def packed_cast_transpose_kernel(
         PROGRAM,
         x_ptr.dtype.element_ty == tl.float16,
         CODES,
+        COLUMNS,
+        WARPS,
     )

@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from fusion_pass.kernels import cast_transpose
 from fusion_pass.kernels.cast_transpose import launch, packs, plain
 from fusion_pass.kernels.cheaper_scales import cheaper, quantizes_fp4_pairs, with_cheaper_scales
 from fusion_pass.kernels.launch import launch as fused_quant
@@ -69,6 +70,20 @@ def test_placements(name, dtype, scales, shuffled, device):
     """Not square, so that the directions cannot be exchanged; not a multiple of the tile or of the padding."""
     spec = CastTransposeSpec(QUANTIZERS[name], Placement(scales, shuffled), Placement(scales, shuffled))
     check(spec, values(64, 320, dtype=dtype).to(device))
+
+
+@pytest.mark.parametrize("columns", [32, 64])
+@pytest.mark.parametrize("warps", [1, 2, 4])
+@pytest.mark.parametrize(
+    ("name", "dtype"),
+    [("te", torch.bfloat16), ("mxfp8", torch.float16), ("mxfp4", torch.bfloat16), ("mxfp4", torch.float16)],
+)
+def test_tiles_of_pairs(name, dtype, warps, columns, device, monkeypatch):
+    """Of which rows and columns fill all, some or a part of one."""
+    monkeypatch.setattr(cast_transpose, "packed_tile", lambda *_: (warps, columns))
+    shuffled = Placement(BlockScales.SHUFFLED, shuffled=True)
+    for shape, placement in [((32, 32), Placement()), ((96, 160), Placement()), ((192, 128), shuffled)]:
+        check(CastTransposeSpec(QUANTIZERS[name], placement, placement), values(*shape, dtype=dtype).to(device))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
