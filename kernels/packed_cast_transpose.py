@@ -115,11 +115,22 @@ def paired(x):
 
 
 @triton.jit
-def tile_row(index, COLUMNS: tl.constexpr, WARPS: tl.constexpr):
+def block_of(warp, last):
+    """The block of rows that a warp has. Past the ``last``, if one is named, warps have that one, too, and write the same: no mask is needed."""
+    if last is None:
+        block = warp
+    else:
+        block = tl.minimum(warp, last)
+    return block
+
+
+@triton.jit
+def tile_row(index, last, COLUMNS: tl.constexpr, WARPS: tl.constexpr):
     """The row of the tile that has an index: of each warp's rows, every thread's are neighbours, an eighth as many as columns."""
     OF_THREAD: tl.constexpr = COLUMNS // 8
     THREADS: tl.constexpr = 32 // OF_THREAD
-    return 32 * (index // THREADS % WARPS) + OF_THREAD * (index % THREADS) + index // (THREADS * WARPS)
+    of_block = OF_THREAD * (index % THREADS) + index // (THREADS * WARPS)
+    return 32 * block_of(index // THREADS % WARPS, last) + of_block
 
 
 @triton.jit
@@ -128,9 +139,9 @@ def quantize_rows(
     magnitudes,
     first_row,
     first_column,
+    last,
     M,
     N: tl.constexpr,
-    FULL: tl.constexpr,
     code_ptr,
     scale_ptr,
     LAYOUT: tl.constexpr,
@@ -150,11 +161,10 @@ def quantize_rows(
     peaks = largest(tl.reshape(larger_halves(upper, lower, F16), (ROWS // 2, GROUPS, 4)), 2, F16)
     peak = tl.reshape(tl.permute(tl.join(low(peaks, F16), high(peaks, F16)), (2, 0, 1)), (ROWS, GROUPS))
     factor, scale = evaluate(peak, tl.full(peak.shape, 0.0, tl.float32), PROGRAM)
-    rows = tile_row(tl.arange(0, ROWS), COLUMNS, WARPS)[:, None]
+    rows = tile_row(tl.arange(0, ROWS), last, COLUMNS, WARPS)[:, None]
     groups = first_column // 32 + tl.arange(0, GROUPS)[None, :]
-    present = first_row + rows < M
     at = block_scale_address(first_row + rows, groups, M, N // 32, LAYOUT)
-    inside = None if FULL else present & (groups < N // 32)
+    inside = None if N % COLUMNS == 0 else groups < N // 32
     tl.store(scale_ptr + at, cast(scale, scale_ptr.dtype.element_ty), inside)
     first, second = tl.split(tl.reshape(pairs, (ROWS, GROUPS, 8, 2)))
     f = factor[:, :, None]
@@ -162,7 +172,7 @@ def quantize_rows(
     quads = tl.arange(0, COLUMNS // 4)[None, :]
     # Told so, Triton finds no more than the two units of a thread to be neighbours: else they would change threads.
     quads = quads // 2 * 2 + quads % 2
-    inside = None if FULL else present & (first_column + 4 * quads < N)
+    inside = None if N % COLUMNS == 0 else first_column + 4 * quads < N
     UNIT: tl.constexpr = 4 if named(CODES, "ties") is None else 2
     if named(CODES, "ties") is None:
         code = fp8_pair(low(first, F16) * f, high(first, F16) * f, code_ptr.dtype.element_ty) | (
@@ -197,9 +207,9 @@ def quantize_columns(
     magnitudes,
     first_row,
     first_column,
+    last,
     M,
     N: tl.constexpr,
-    FULL: tl.constexpr,
     code_ptr,
     scale_ptr,
     LAYOUT: tl.constexpr,
@@ -215,10 +225,10 @@ def quantize_columns(
     peaks = largest(largest(by_thread, 0, F16), 1, F16)
     peak = tl.join(low(peaks, F16), high(peaks, F16))
     factor, scale = evaluate(peak, tl.full(peak.shape, 0.0, tl.float32), PROGRAM)
-    blocks = first_row // 32 + tl.arange(0, WARPS)[:, None, None]
+    blocks = first_row // 32 + block_of(tl.arange(0, WARPS), last)[:, None, None]
     columns = first_column + 2 * tl.arange(0, COLUMNS // 2)[None, :, None] + tl.arange(0, 2)[None, None, :]
     at = block_scale_address(columns, blocks, N, M // 32, LAYOUT)
-    inside = None if FULL else (columns < N) & (blocks < M // 32)
+    inside = None if N % COLUMNS == 0 else columns < N
     tl.store(scale_ptr + at, cast(scale, scale_ptr.dtype.element_ty), inside)
     f, g = tl.split(factor)
     f = f[:, None, :, None]
@@ -240,8 +250,11 @@ def quantize_columns(
         corner = code_ptr.to(tl.pointer_type(tl.int16), bitcast=True)
     code = tl.reshape(tl.permute(tl.join(even, odd), (2, 4, 0, 1, 3)), (COLUMNS, 8 * WARPS))
     column = first_column + tl.arange(0, COLUMNS)[:, None]
-    quads = first_row // 4 + tl.arange(0, 8 * WARPS)[None, :]
-    inside = None if FULL else (column < N) & (4 * quads < M)
+    quads = tl.arange(0, 8 * WARPS)
+    if last is not None:
+        quads = tl.max_contiguous(tl.multiple_of(quads % 8 + 8 * block_of(quads // 8, last), 8), 8)
+    quads = first_row // 4 + quads[None, :]
+    inside = None if N % COLUMNS == 0 else column < N
     tl.store(corner + code_address(column, quads, M // 4, SHUFFLED, UNIT), code, inside)
 
 
@@ -267,15 +280,20 @@ def packed_cast_transpose_kernel(
 ):
     """One program: a tile of 32 * WARPS rows and 32 or 64 COLUMNS of bf16 or f16 x (M, N), both multiples of 32.
 
-    FULL promises that tiles cover x exactly.
+    FULL promises that tiles cover the rows exactly.
 
     The grid has strips of tiles, all columns of a strip after another: rows within a strip, columns, strips.
     """
     first_row = (tl.program_id(2) * tl.num_programs(0) + tl.program_id(0)).to(tl.int64) * (32 * WARPS)
     first_column = tl.program_id(1).to(tl.int64) * COLUMNS
-    rows = tile_row(tl.arange(0, 32 * WARPS), COLUMNS, WARPS)[:, None]
+    last = None
+    if not FULL:
+        if first_row >= M:
+            return
+        last = (M - first_row).to(tl.int32) // 32 - 1
+    rows = tile_row(tl.arange(0, 32 * WARPS), last, COLUMNS, WARPS)[:, None]
     columns = tl.arange(0, COLUMNS)[None, :]
-    inside = None if FULL else (first_row + rows < M) & (first_column + columns < N)
+    inside = None if N % COLUMNS == 0 else first_column + columns < N
     corner = x_ptr + (first_row * x_stride + first_column)
     pairs = paired(load(corner + (rows.to(tl.int64) * x_stride + columns), inside))
     magnitudes = without_signs(pairs, x_ptr.dtype.element_ty == tl.float16)
@@ -284,9 +302,9 @@ def packed_cast_transpose_kernel(
         magnitudes,
         first_row,
         first_column,
+        last,
         M,
         N,
-        FULL,
         row_code_ptr,
         row_scale_ptr,
         ROW_LAYOUT,
@@ -302,9 +320,9 @@ def packed_cast_transpose_kernel(
         magnitudes,
         first_row,
         first_column,
+        last,
         M,
         N,
-        FULL,
         column_code_ptr,
         column_scale_ptr,
         COLUMN_LAYOUT,
