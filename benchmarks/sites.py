@@ -214,7 +214,8 @@ def report(found: list[Result], wanted: int, arguments: argparse.Namespace) -> N
         arguments.plot.write_text(plot.svg(found))
     if arguments.markdown:
         lines = [*tables.markdown(header, rows), "", "```", *results.summary(found), "```"]
-        tables.write_between_markers(arguments.markdown, f"sites {arguments.grid}", lines)
+        of_any = "" if arguments.traced_rows is None else " of any number of rows"
+        tables.write_between_markers(arguments.markdown, f"sites {arguments.grid}{of_any}", lines)
 
 
 def parser() -> argparse.ArgumentParser:
