@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import torch
 
 from .addresses import ceil_to
+from .inductor import known
 from .layouts import BLOCKED_PADDING, MX_SHUFFLED_PADDING
 from .specs import CAST_DTYPES, FusedSpec, NoPrologue, Quantizer, SpecError, decode
 
@@ -112,7 +113,8 @@ class CastTransposeSpec:
             raise ValueError(f"x is {x.dtype}; allowed: float32, bfloat16, float16")
         rows, row = _rows(x), x.shape[-1]
         for name, count in (("N", row), ("M", rows)):
-            if count % group:
+            # Of a number that is data, nothing but a view that the graph had can say so.
+            if known(count % group != 0):
                 raise ValueError(
                     f"{name}, of x with shape {tuple(x.shape)}, is {count}; allowed: a multiple of {group}"
                 )

@@ -218,9 +218,13 @@ def transposed(x):
     return codes
 
 
-@pytest.mark.parametrize("dynamic", [(), (0,)])
-def test_a_matrix_and_its_transpose_are_one_launch(dynamic):
-    report, graph = lowered(transposed, (64, 96), dynamic=dynamic)
+@pytest.mark.parametrize(
+    ("dynamic", "mark"),
+    [((), None), ((0,), torch._dynamo.mark_dynamic), ((0,), torch._dynamo.decorators.mark_unbacked)],
+    ids=["static", "dynamic", "unbacked"],
+)
+def test_a_matrix_and_its_transpose_are_one_launch(dynamic, mark):
+    report, graph = lowered(transposed, (64, 96), dynamic=dynamic, mark=mark)
     assert [site.name for site in report.fused] == ["quant_mxfp8_both_ways"]
     assert len(launches(graph)) == 1
     assert not calls_fusion_pass(graph)

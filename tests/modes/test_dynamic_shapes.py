@@ -62,6 +62,21 @@ def test_unbacked_rows_take_one_graph_from_one_row_on(site, device, backend, fus
     assert fused() == {site: 1}
 
 
+@pytest.mark.parametrize("mark", [torch._dynamo.mark_dynamic, torch._dynamo.decorators.mark_unbacked])
+def test_a_matrix_and_its_transpose_take_one_graph(mark, device, backend, fused, graphs):
+    def fn(x):
+        return (*spelled.per_group(x, 32), *spelled.per_group(x.t().contiguous(), 32))
+
+    compiled = torch.compile(fn, backend=backend, fullgraph=True)
+    for rows in (64, 96, 256):
+        x = spelled.exact_rows(rows, 2 * WIDTH, device=device)
+        mark(x, 0)
+        result = compare(compiled(x), fn(x))
+        assert result.equal, (rows, result)
+    assert graphs() == 1
+    assert fused() == {"quant_per_group_32_both_ways": 1}
+
+
 @pytest.mark.parametrize("fullgraph", [True, False])
 def test_unmarked_rows_become_dynamic_once(fullgraph, device, backend, graphs):
     fn = SITES["add_rms_norm_per_token"]
