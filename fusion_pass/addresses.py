@@ -5,7 +5,7 @@ Sizes and indices may be numbers, symbolic sizes or tensors.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 from .specs import ScaleLayout
 
@@ -49,20 +49,40 @@ def has_padding(layout: ScaleLayout, rows: Any, groups: int) -> bool:
     return not isinstance(rows, int) or padded(layout, rows, groups) != (rows, groups)
 
 
+class Part(NamedTuple):
+    """A part of a scale's row or group: that index // step % size. The uppermost part of rows has no size: they are as many as there are."""
+
+    of: str
+    step: int
+    size: int | None
+
+
+def order(layout: ScaleLayout, groups: int) -> tuple[Part, ...]:
+    """What the offset of a scale counts in each layout, the slowest first, of so many groups with their padding."""
+    row, group = Part("row", 1, None), Part("group", 1, groups)
+    of_four = Part("group", 1, 4)
+    if layout is ScaleLayout.ROW:
+        return row, group
+    if layout is ScaleLayout.PACKED:
+        return Part("group", 4, groups // 4), row, of_four
+    if layout is ScaleLayout.BLOCKED:
+        tiles = Part("row", 128, None), Part("group", 4, groups // 4)
+        return *tiles, Part("row", 1, 32), Part("row", 32, 4), of_four
+    if layout is ScaleLayout.SHUFFLED:
+        tiles = Part("row", 32, None), Part("group", 8, groups // 8)
+        return *tiles, of_four, Part("row", 1, 16), Part("group", 4, 2), Part("row", 16, 2)
+    return group, row
+
+
 def address(layout: ScaleLayout, m: Any, g: Any, rows: Any, groups: int) -> Any:
     """The offset of a scale from the first of its matrix."""
     rows, groups = padded(layout, rows, groups)
-    if layout is ScaleLayout.ROW:
-        return m * groups + g
-    if layout is ScaleLayout.PACKED:
-        return (g // 4 * rows + m) * 4 + g % 4
-    if layout is ScaleLayout.BLOCKED:
-        tile = m // 128 * (groups // 4) + g // 4
-        return tile * 512 + m % 32 * 16 + m % 128 // 32 * 4 + g % 4
-    if layout is ScaleLayout.SHUFFLED:
-        tile = m // 32 * 32 * groups + g // 8 * 256
-        return tile + g % 4 * 64 + m % 16 * 4 + g % 8 // 4 * 2 + m % 32 // 16
-    return g * rows + m
+    offset, stride = 0, 1
+    for part in reversed(order(layout, groups)):
+        size = rows // part.step if part.size is None else part.size
+        offset = offset + (m if part.of == "row" else g) // part.step % size * stride
+        stride = stride * size
+    return offset
 
 
 def ceil_to(size: Any, multiple: int) -> Any:

@@ -33,7 +33,7 @@ from .patterns.opaque import (
     returns_codes,
 )
 from .patterns.quantizers import QuantizerSite, casts_to_codes, quantizes, recognise_quantizer
-from .patterns.values import FLOATS, Values, cast_dtype, dtype, same_shape, same_size, shape, tensor
+from .patterns.values import FLOATS, Values, cast_dtype, dtype, readers, same_shape, same_size, shape, tensor
 from .sites import FusedSite, Miss, Report, location
 from .specs import FusedSpec, Granularity, NoPrologue, Quantizer, ScaleLayout
 from .terms import Term, kind
@@ -423,7 +423,7 @@ class _Planner:
         uses, pending = [], list(self.values.origins(core))
         while pending:
             node = pending.pop()
-            for user in node.users:
+            for user in readers(node):
                 if self.values.is_transparent(user) and self.values.core(user) is core:
                     pending.append(user)
                 elif self.values.core(user) not in claimed:

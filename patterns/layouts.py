@@ -1,7 +1,8 @@
 """Scale layouts: what is done to the scales after they are computed.
 
 A layout is recognised by what it does, not by how it is written: the views, permutations and paddings in front of a copy are
-carried out on the numbers of the scales, and the result is compared with where each layout keeps them.
+carried out on the numbers of the scales, or on the parts of their indices if the number of rows is not known, and the result is compared
+with where each layout keeps them.
 """
 
 from __future__ import annotations
@@ -12,11 +13,11 @@ from typing import Any
 import torch
 from torch import fx
 
-from fusion_pass.addresses import address, allocated
 from fusion_pass.inductor import real_tensors
 from fusion_pass.specs import ScaleLayout
 
-from .values import aten, dtype, same_shape, same_size, shape
+from .placed_scales import Numbers, Parts
+from .values import aten, dtype, readers, same_shape, same_size, shape
 
 _PERMUTES = (aten.permute.default, aten.transpose.int, aten.t.default, aten.mT.default)
 _RESHAPES = (
@@ -31,7 +32,6 @@ _RESHAPES = (
 _ALIASES = (aten.alias.default, aten.detach.default)
 # Larger numberings would cost more than a match is worth; such scales keep their copies.
 _MOST_SCALES = 1 << 24
-_PADDING = -1
 
 Uses = list[tuple[fx.Node, fx.Node]]
 
@@ -69,9 +69,10 @@ def column_copies(uses: Uses, rows: tuple[Any, ...], groups: int) -> tuple[fx.No
     for presentation, user in uses:
         if not swaps_last_two(user) or not same_shape(shape(presentation), (*rows, groups)):
             return ()
-        if not user.users or not all(_is_contiguous_copy(copy) for copy in user.users):
+        found = readers(user)
+        if not found or not all(map(_is_contiguous_copy, found)):
             return ()
-        copies += user.users
+        copies += found
     return tuple(copies)
 
 
@@ -80,65 +81,47 @@ def _stored_copy(presentation: fx.Node, user: fx.Node, rows: Any, groups: int) -
 
     It may be the copy of a copy: torchao's to_blocked moves the tiles first, and then the rows in them.
     """
-    sizes = shape(presentation)
-    if not all(isinstance(s, int) for s in sizes) or math.prod(sizes) > _MOST_SCALES:
-        return None
-    # Bytes that become words keep their number in a dim of their own.
-    numbers = torch.arange(math.prod(sizes), dtype=torch.int32, device="cpu").view(*sizes, 1)
+    held = _placed(shape(presentation), rows, groups)
     node = user
-    while True:
+    while held is not None:
         if _is_contiguous_copy(node):
-            layout = _layout_of(numbers, rows, groups, packed=dtype(node) is torch.int32)
+            layout = held.layout(rows, groups, packed=dtype(node) is torch.int32)
             if layout is not None:
                 return node, layout
         else:
-            moved = _moved(node, numbers)
-            if moved is None:
-                return None
-            numbers = moved
-        if len(node.users) != 1:
+            held = _moved(node, held)
+        users = readers(node)
+        if len(users) != 1:
             return None
-        node = next(iter(node.users))
-
-
-def _moved(node: fx.Node, numbers: torch.Tensor) -> torch.Tensor | None:
-    """numbers after what node does to the scales, or None if it does something else."""
-    result, width = shape(node) if dtype(node) is not None else (), numbers.shape[-1]
-    if node.target in _ALIASES:
-        return numbers
-    if node.target in _RESHAPES:
-        return numbers.reshape(*result, width)
-    if node.target in _PERMUTES:
-        order = _order(node, len(result))
-        return None if order is None else numbers.permute(*order, len(result))
-    if node.target is aten.constant_pad_nd.default:
-        value = node.args[2] if len(node.args) > 2 else 0
-        pads: Any = node.args[1]
-        if value != 0 or min(pads) < 0:
-            return None
-        return torch.nn.functional.pad(numbers, (0, 0, *pads), value=_PADDING)
-    if node.target is aten.view.dtype and (dtype(node.args[0]), dtype(node)) == (torch.uint8, torch.int32):  # type: ignore[arg-type]
-        return numbers.reshape(*result, 4)
+        node = users[0]
     return None
 
 
-def _layout_of(numbers: torch.Tensor, rows: Any, groups: int, packed: bool) -> ScaleLayout | None:
-    """The layout that keeps the scales of one matrix where numbers has them."""
-    if not isinstance(rows, int) or int(numbers.max()) + 1 != rows * groups:
+def _placed(sizes: tuple[Any, ...], rows: Any, groups: int) -> Numbers | Parts | None:
+    """The scales as they are presented in these sizes."""
+    if isinstance(rows, torch.SymInt):
+        return Parts.of(sizes, rows, groups)
+    if not all(isinstance(s, int) for s in (*sizes, rows)) or math.prod(sizes) > _MOST_SCALES:
         return None
-    for layout in ScaleLayout:
-        if layout is ScaleLayout.ROW or (layout is ScaleLayout.PACKED) is not packed:
-            continue
-        stored = math.prod(allocated(layout, rows, groups))
-        if stored != numbers.numel():
-            continue
-        m, g = torch.arange(rows, device="cpu")[:, None], torch.arange(groups, device="cpu")
-        expected = torch.full((stored,), _PADDING, dtype=torch.int32, device="cpu")
-        expected[address(layout, m, g, rows, groups).flatten()] = torch.arange(
-            rows * groups, dtype=torch.int32, device="cpu"
-        )
-        if torch.equal(numbers.flatten(), expected):
-            return layout
+    return Numbers.of(sizes)
+
+
+def _moved(node: fx.Node, held: Numbers | Parts) -> Numbers | Parts | None:
+    """Where node puts what is held, or None if it does something else."""
+    result = shape(node) if dtype(node) is not None else ()
+    if node.target in _ALIASES:
+        return held
+    if node.target in _RESHAPES:
+        return held.reshaped(result)
+    if node.target in _PERMUTES:
+        order = _order(node, len(result))
+        return None if order is None else held.permuted(order)
+    if node.target is aten.constant_pad_nd.default:
+        value = node.args[2] if len(node.args) > 2 else 0
+        before: Any = node.args[1][::2]  # type: ignore[index]
+        return held.padded(result) if value == 0 and all(isinstance(p, int) and p == 0 for p in before) else None
+    if node.target is aten.view.dtype and (dtype(node.args[0]), dtype(node)) == (torch.uint8, torch.int32):  # type: ignore[arg-type]
+        return held.reshaped(result, width=4)
     return None
 
 

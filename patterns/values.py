@@ -57,6 +57,11 @@ def shape(node: fx.Node) -> tuple[Any, ...]:
     return tuple([fixed_size(size) for size in value.shape])
 
 
+def readers(node: fx.Node) -> list[fx.Node]:
+    """The users of a node's values, which its sizes are not."""
+    return [user for user in node.users if user.target is not aten.sym_size.int]
+
+
 def dtype(node: fx.Node) -> torch.dtype | None:
     value = tensor(node)
     return None if value is None else value.dtype

@@ -65,6 +65,21 @@ def test_a_matrix_and_its_transpose_are_one_launch(fn):
     assert "torch.ops.fusion_pass" not in called
 
 
+@pytest.mark.parametrize("fn", [cases.per_group_tma, cases.per_group_packed, cases.mxfp8_blocked, cases.mxfp8_both])
+def test_padded_scales_of_any_number_of_rows(fn):
+    compiled = torch.compile(lambda x: fn(x, None))
+    for rows in (320, 640, 32, 8224):
+        x = torch.randn(rows + (fn is not cases.mxfp8_both), 768, device="cuda").to(BF16)
+        torch._dynamo.maybe_mark_dynamic(x, 0)
+        with fusion_pass.enabled(strict=True):
+            fused, codes = run_and_get_code(compiled, x)
+        assert compare(tuple(fused), tuple(fn(x, None))).equal, rows
+        for code in codes:
+            called = code[code.index("def call(") :]
+            assert called.count("fused_quant_kernel") + called.count("cast_transpose_kernel") == 1
+            assert "triton_poi" not in called
+
+
 def test_bytes_of_subnormal_scales_are_those_of_their_logarithms():
     """Inductor has a rule for these bytes, of CUDA alone, that gives subnormal scales others."""
     x = (torch.randn(128, 320, device="cuda") * 2.0 ** torch.arange(-130, -114, 0.125, device="cuda")[:, None]).to(BF16)
