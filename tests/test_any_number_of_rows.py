@@ -3,6 +3,7 @@
 import pytest
 import torch
 from fusion_pass.patterns import row_counts
+from lowered import Launched, launches, lowered
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
 from fusion_pass.addresses import ceil_to
@@ -56,18 +57,39 @@ def blocked(rows_first, tile=128):
         (with_scales(lambda s: tma(s, value=1.0)), "quant_per_group_128"),
         (with_scales(lambda s: torch.nn.functional.pad(s, (0, 0, 0, 3)).t().contiguous()), "quant_per_group_128"),
         (blocked(False), "quant_mxfp8"),
-        (blocked(True, tile=256), "quant_mxfp8"),
+        (blocked(True, tile=64), "quant_mxfp8"),
     ],
 )
 def test_padded_scales(fn, name, mark, device):
     torch._dynamo.reset()
     report = Report()
     fused = torch.compile(fn, backend=collecting(report))
-    for rows in (300, 601):
-        x = torch.randn(rows, 384, device=device).to(BF16)
+    # More than one tile of blocked scales, and groups that are no whole word.
+    for rows, row in ((150, 160), (290, 160)) if "mxfp8" in name else ((22, 640), (41, 640)):
+        x = torch.randn(rows, row, device=device).to(BF16)
         mark(x, 0)
         assert compare(tuple(fused(x)), tuple(fn(x))).equal
     assert [site.name for site in report.fused] == [name]
+
+
+@pytest.mark.parametrize("mark", [torch._dynamo.mark_dynamic, torch._dynamo.decorators.mark_unbacked])
+@pytest.mark.parametrize("fn", [cases.per_group_tma, cases.mxfp8_blocked, cases.mxfp8_both, cases.mxfp4_both])
+def test_one_launch_serves_any_number(fn, mark, device):
+    """What is launched with a number of rows that is known only then."""
+    _, graph = lowered(lambda x: fn(x, None), (160, 384), dynamic=(0,), mark=mark)
+    assert len(launches(graph)) == 1
+    both = "both" in fn.__name__
+    for rows in (32, 160, 288) if both else (5, 128, 131):
+        x = torch.randn(rows, 384, device=device).to(BF16)
+        tensors = [n.meta["val"] for n in graph.nodes if n.op == "placeholder"]
+        result = Launched(graph, device).run(*(x if isinstance(t, torch.Tensor) else rows for t in tensors))
+        expected = fn(x, None)
+        assert [t.stride() for t in result] == [t.stride() for t in expected]
+        if fn is cases.per_group_tma and device == "cpu":
+            # CUDA multiplies by the reciprocal where a CPU divides.
+            assert torch.allclose(result[1], expected[1])
+        else:
+            assert compare(tuple(result), expected).equal, rows
 
 
 def test_heads_of_an_unknown_number_of_rows(device):

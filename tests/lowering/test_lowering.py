@@ -5,6 +5,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 import triton
+from lowered import launches, lowered
 from torch import fx
 from torch._higher_order_ops import triton_kernel_wrap as wrap
 from triton.backends.compiler import GPUTarget
@@ -18,28 +19,6 @@ import spelled
 
 BF16 = torch.bfloat16
 TARGET = GPUTarget("cuda", 90, 32)
-LAUNCH = torch.ops.higher_order.triton_kernel_wrapper_functional
-
-
-def lowered(fn, *shapes, dynamic=(), mark=torch._dynamo.mark_dynamic):
-    """The report on fn over tensors that pretend to be on a GPU, and its lowered graph; ``dynamic`` are dims of the first."""
-    results = []
-
-    def compiler(gm, _):
-        on_gpu = relabelled(gm, torch.device("cuda", 0))
-        results.append((graph_pass.run(on_gpu.graph, ("cuda",), to_kernels=True), on_gpu.graph))
-        return gm.forward
-
-    torch._dynamo.reset()
-    tensors = [torch.empty(shape, dtype=BF16) for shape in shapes]
-    for dim in dynamic:
-        mark(tensors[0], dim)
-    torch.compile(fn, backend=lambda gm, i: inductor.compile_without_joint_passes(gm, i, compiler))(*tensors)
-    return results[0]
-
-
-def launches(graph):
-    return [node for node in graph.nodes if node.target is LAUNCH]
 
 
 def calls_fusion_pass(graph):
