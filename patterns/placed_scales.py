@@ -81,8 +81,10 @@ class Parts:
 
     @classmethod
     def of(cls, sizes: Sequence[Any], rows: torch.SymInt, groups: int) -> Parts | None:
-        counted = row_counts.of_rows(rows, rows)
-        if counted is None:
+        """The scales of a matrix as tensors of these sizes present them; None if these are no sizes of so many."""
+        counted, scales = row_counts.of_rows(rows, rows), row_counts.of_rows(rows * groups, rows)
+        presented = row_counts.of_rows(math.prod(sizes), rows)
+        if counted is None or scales is None or presented is None or not presented.equals(scales):
             return None
         whole = cls(((Part("row", 1, None), Part("group", 1, groups)), ()), rows, counted, groups)
         return whole.reshaped(sizes)
@@ -121,6 +123,8 @@ class Parts:
             if held is None:
                 return None
             if parts == (Part("row", 1, None),):
+                if not held.is_never_less_than(rows):
+                    return None
                 rows = held
             elif parts == (Part("group", 1, groups),):
                 number = held.number()

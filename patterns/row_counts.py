@@ -23,6 +23,9 @@ class Linear(NamedTuple):
     def equals(self, other: Linear) -> bool:
         return torch.equal(self.slope, other.slope) and torch.equal(self.start, other.start)
 
+    def is_never_less_than(self, other: Linear) -> bool:
+        return bool((self.slope >= other.slope).all() and (self.start >= other.start).all())
+
     def is_multiple_of(self, divisor: int) -> bool:
         return not (self.slope % divisor).any() and not (self.start % divisor).any()
 

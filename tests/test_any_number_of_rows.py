@@ -3,6 +3,7 @@
 import pytest
 import torch
 from fusion_pass.patterns import row_counts
+from fusion_pass.patterns.placed_scales import Parts
 from lowered import Launched, launches, lowered
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
@@ -17,9 +18,13 @@ import spelled
 BF16 = torch.bfloat16
 
 
-def tma(scale, multiple=4, before=0, value=0.0):
-    padded = torch.nn.functional.pad(scale, (0, 0, before, -scale.shape[0] % multiple), value=value)
-    return padded.t().contiguous().t()[: scale.shape[0]]
+def tma(scale, multiple=4, before=0, value=0.0, last=0):
+    rows = scale.shape[0]
+    if last:
+        # The last row is cut off, and padded again.
+        scale = torch.nn.functional.pad(scale, (0, 0, 0, last))
+    padded = torch.nn.functional.pad(scale, (0, 0, before, -rows % multiple - last), value=value)
+    return padded.t().contiguous().t()[:rows]
 
 
 def with_scales(placed):
@@ -56,6 +61,7 @@ def blocked(rows_first, tile=128):
         (with_scales(lambda s: tma(s, before=4)), "quant_per_group_128"),
         (with_scales(lambda s: tma(s, value=1.0)), "quant_per_group_128"),
         (with_scales(lambda s: torch.nn.functional.pad(s, (0, 0, 0, 3)).t().contiguous()), "quant_per_group_128"),
+        (with_scales(lambda s: tma(s, last=-1)), "quant_per_group_128"),
         (blocked(False), "quant_mxfp8"),
         (blocked(True, tile=64), "quant_mxfp8"),
     ],
@@ -122,6 +128,13 @@ def test_padding_is_up_to_a_multiple(rows, multiple):
     assert not padded.is_multiple_of(2 * multiple)
     assert not padded.equals(row_counts.of_rows(ceil_to(rows, 2 * multiple), rows))
     assert not padded.equals(row_counts.of_rows(rows + multiple, rows))
+
+
+def test_sizes_are_of_as_many_scales(rows):
+    assert Parts.of((rows, 6), rows, 6) is not None
+    assert Parts.of((rows, 2, 3), rows, 6) is not None
+    for sizes in ((rows, 3), (rows, 12), (rows + 1, 6), (rows * rows, 6)):
+        assert Parts.of(sizes, rows, 6) is None
 
 
 def test_numbers_that_rows_make_no_difference_to(rows):
