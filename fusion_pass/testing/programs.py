@@ -73,7 +73,7 @@ class Program:
         return x, y, weight.to(self.dtype)
 
     def __call__(self, x: torch.Tensor, y: torch.Tensor, weight: torch.Tensor) -> list[torch.Tensor]:
-        run = _Run(x, y, weight, transposes=not self.dynamic)
+        run = _Run(x, y, weight)
         for step in self.steps:
             getattr(run, step.kind.replace(" ", "_"))(step)
         return run.results
@@ -82,9 +82,8 @@ class Program:
 class _Run:
     """The values of a program that is being interpreted; each method is a kind of step."""
 
-    def __init__(self, x: torch.Tensor, y: torch.Tensor, weight: torch.Tensor, transposes: bool) -> None:
+    def __init__(self, x: torch.Tensor, y: torch.Tensor, weight: torch.Tensor) -> None:
         self.weight = weight
-        self.transposes = transposes  # whether rows are of a known number, and may be divided into blocks
         self.streams = [x, y]  # inputs and sums: what residual streams are
         self.values: list[torch.Tensor] = []
         self.results: list[torch.Tensor] = []
@@ -152,7 +151,7 @@ class _Run:
         if value.dim() == 0:
             return
         matrix = value.reshape(-1, value.shape[-1])
-        ways = (1, 2, 3)[step.other % 3] if self.transposes else 1
+        ways = (1, 2, 3)[step.other % 3]
         if ways & 1 and matrix.shape[1] % spellings.BLOCK == 0:
             self.results += spellings.in_blocks(matrix, step.spelling)
         if ways & 2 and matrix.shape[0] % spellings.BLOCK == 0:
