@@ -6,7 +6,7 @@ function of how often the rows hold that period, one function for each remainder
 
 from __future__ import annotations
 
-from functools import cache
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 import torch
@@ -49,7 +49,7 @@ def _constant(number: int) -> Linear:
     return Linear(torch.zeros(PERIOD, dtype=torch.int64), torch.full((PERIOD,), number, dtype=torch.int64))
 
 
-@cache
+@lru_cache(1024)
 def _linear(expression: Any, rows: Any) -> Linear | None:
     if expression == rows:
         return Linear(torch.full((PERIOD,), PERIOD), torch.arange(PERIOD))
