@@ -164,10 +164,10 @@ def launch_into_buffers(
     }
     if packs(spec, x.dtype):
         warps, columns = packed_tile(spec, x.dtype, count, row)
-        tiles = -(-count // (32 * warps))
+        tiles = -(-count // (BLOCK * warps))
         strip = math.gcd(tiles, _STRIP) if isinstance(tiles, int) else _STRIP
         grid = (strip, -(-row // columns), -(-tiles // strip))
-        full = isinstance(count, int) and count % (32 * warps) == 0
+        full = isinstance(count, int) and count % (BLOCK * warps) == 0
         wrap(packed_cast_transpose_kernel)[grid](**arguments, FULL=full, COLUMNS=columns, WARPS=warps, num_warps=warps)
         return outputs
     tile_rows = max(_TILE_ROWS, spec.quantizer.group)

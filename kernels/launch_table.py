@@ -130,7 +130,7 @@ def _of_whole_rows(spec: FusedSpec, row: int, groups: int, lanes: int, amount: A
     per_thread = 32 if late else _values_per_thread(spec, row, values, amount)
     few = amount is Amount.FEW
     # Sums, us: 512 rows of 14336 16.4 -> 15.3, 2048 of 2880 12.9 -> 12.5, of 7168 28.0 -> 27.2, 8192 of 7168 99.2 -> 98.7.
-    first = _adds(spec.prologue) and _has_weight(spec.prologue) and values >= 4096 and not (few or late)
+    first = adds_rows(spec.prologue) and _has_weight(spec.prologue) and values >= 4096 and not (few or late)
     # Few rows without a call: 128 of 1024 1.92 -> 1.88, others 0 to 2 % less.
     inline = few and isinstance(spec.prologue, RMSNorm)
     warps = _warps(rows * values, per_thread)
@@ -404,8 +404,8 @@ def _parts_by_table(spec: FusedSpec, values: int, rows: int) -> int:
             return {4096: 4, 8192: 8, 16384: 8}.get(values, 1)
         return 4 if values >= 16384 and rows <= 32 else 1
     if rows <= 16:
-        return {2048: 2, 4096: 4, 8192: 8 if _adds(spec.prologue) else 4, 16384: 8}.get(values, 1)
-    if _adds(spec.prologue):
+        return {2048: 2, 4096: 4, 8192: 8 if adds_rows(spec.prologue) else 4, 16384: 8}.get(values, 1)
+    if adds_rows(spec.prologue):
         return 2 if values >= 8192 and rows <= 32 else 1
     to_fp4 = spec.quantizer.e2m1 is not None
     if (values == 8192 and spec.quantizer.group is not None) or (values == 4096 and rows > 32 and to_fp4):
@@ -414,7 +414,7 @@ def _parts_by_table(spec: FusedSpec, values: int, rows: int) -> int:
     return 2 if values >= (4096 if rows <= 32 else 8192) else 1
 
 
-def _adds(prologue: Any) -> bool:
+def adds_rows(prologue: Any) -> bool:
     """Whether a residual is added, and another row read."""
     return isinstance(prologue, RMSNorm) and prologue.residual_sum is not None
 
@@ -430,7 +430,7 @@ def _split(spec: FusedSpec, groups: int, lanes: int, parts: int) -> LaunchConfig
     if isinstance(spec.prologue, GatedActivation):
         warps = 16 if values <= 8192 else 32
     else:
-        warps = 8 if values // parts > 1024 or _adds(spec.prologue) else 4
+        warps = 8 if values // parts > 1024 or adds_rows(spec.prologue) else 4
         if values >= 16384 and (in_groups or isinstance(spec.prologue, NoPrologue)):
             warps = 16
     # A thread holds no more of a row than its registers do.
@@ -446,9 +446,9 @@ def _values_per_thread(spec: FusedSpec, row: int, values: int, amount: Amount) -
         return _gated_values_per_thread(spec.prologue, values, wasteful, amount)
     if few and values <= 8192:
         # Eight warps, unless that leaves a thread less than a vector, or has more share a scale: 32 x 2048 to MXFP8 1.53 -> 1.47 us.
-        shares = values == 2048 and spec.quantizer.group is not None and not _adds(spec.prologue)
+        shares = values == 2048 and spec.quantizer.group is not None and not adds_rows(spec.prologue)
         return 16 if shares else max(8, values // 256)
-    if _adds(spec.prologue):
+    if adds_rows(spec.prologue):
         return 32 if values < 8192 else 64 if values == 8192 or amount is not Amount.MANY else 128
     return 32 if values < 8192 or (values == 8192 and not wasteful) else 64
 
@@ -467,7 +467,7 @@ def _late_by_table(spec: FusedSpec, row: int, values: int, amount: Amount) -> bo
     """Whether twice the warps with a weight that is read late were faster: more programs fit a processor."""
     if not isinstance(spec.prologue, RMSNorm) or row != values or amount is not Amount.UNKNOWN:
         return False
-    if not _adds(spec.prologue):
+    if not adds_rows(spec.prologue):
         # With the weight, newer Tritons than 3.6 need 81 registers instead of 64: half the programs.
         return values == 16384 and spec.quantizer.group is not None
     return values == 8192 and not spec.quantizer.needs_amax

@@ -139,8 +139,8 @@ class Parts:
     def layout(self, rows: Any, groups: int, packed: bool) -> ScaleLayout | None:
         """The layout that keeps the scales of one matrix where they are, for any number of rows."""
         for layout in _stored_otherwise(packed):
-            room, of_groups = padded(layout, self.rows, groups)
-            needed = row_counts.of_rows(room, self.rows)
+            room, of_groups = padded(layout, rows, groups)
+            needed = row_counts.of_rows(room, rows)
             if of_groups != self.padded_groups or needed is None or not needed.equals(self.padded_rows):
                 continue
             if _joined(part for dim in self.dims for part in dim) == _joined(order(layout, of_groups)):
@@ -162,18 +162,19 @@ class Parts:
                 size //= part.size
                 taken.insert(0, part)
                 continue
-            if part.size is None:
-                whole = self.padded_rows.is_multiple_of(part.step * size)
-                upper = Part(part.of, part.step * size, None)
-            else:
-                whole = part.size % size == 0
-                upper = Part(part.of, part.step * size, part.size // size)
-            if not whole:
+            if not self.padded_rows.is_multiple_of(part.step * size) if part.size is None else part.size % size:
                 return None
+            upper, lower = _split(part, size)
             parts.append(upper)
-            taken.insert(0, Part(part.of, part.step, size))
+            taken.insert(0, lower)
             size = 1
         return tuple(taken)
+
+
+def _split(part: Part, size: int) -> tuple[Part, Part]:
+    """A part's slower part, and its faster one, of a size that divides it."""
+    upper = None if part.size is None else part.size // size
+    return Part(part.of, part.step * size, upper), Part(part.of, part.step, size)
 
 
 def _take_first(parts: list[Part], size: int) -> tuple[Part, ...] | None:
@@ -190,9 +191,9 @@ def _take_first(parts: list[Part], size: int) -> tuple[Part, ...] | None:
             continue
         if part.size % size:
             return None
-        lower = part.size // size
-        taken.append(Part(part.of, part.step * lower, size))
-        parts.insert(0, Part(part.of, part.step, lower))
+        upper, lower = _split(part, part.size // size)
+        taken.append(upper)
+        parts.insert(0, lower)
         size = 1
     return tuple(taken)
 

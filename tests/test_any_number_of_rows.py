@@ -4,7 +4,6 @@ import pytest
 import torch
 from fusion_pass.patterns import row_counts
 from fusion_pass.patterns.placed_scales import Parts
-from lowered import Launched, launches, lowered
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
 from fusion_pass.addresses import ceil_to
@@ -14,6 +13,7 @@ from fusion_pass.testing import compare
 
 import cases
 import spelled
+from lowered import Launched, launches, lowered
 
 BF16 = torch.bfloat16
 

@@ -5,7 +5,6 @@ from types import SimpleNamespace
 import pytest
 import torch
 import triton
-from lowered import launches, lowered
 from torch import fx
 from torch._higher_order_ops import triton_kernel_wrap as wrap
 from triton.backends.compiler import GPUTarget
@@ -16,6 +15,7 @@ from fusion_pass.specs import Mean
 
 import opaque_ops
 import spelled
+from lowered import launches, lowered
 
 BF16 = torch.bfloat16
 TARGET = GPUTarget("cuda", 90, 32)
