@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import torch
 
 from .addresses import ceil_to
+from .dense import empty
 from .inductor import known
 from .layouts import BLOCKED_PADDING, MX_SHUFFLED_PADDING
 from .specs import CAST_DTYPES, FusedSpec, NoPrologue, Quantizer, SpecError, decode
@@ -137,9 +138,9 @@ class CastTransposeSpec:
         for (_, placement), (rows, row) in zip(self.placements(), self.sizes(x), strict=True):
             width = row // quantizer.codes_per_byte
             shape = placement.scales.allocated(rows, row // quantizer.group)
-            results.append(torch.empty((rows, width), dtype=quantizer.stored, device=x.device))
+            results.append(empty((rows, width), quantizer.stored, x.device))
             if placement.scales is BlockScales.LINEAR:
-                results.append(torch.empty(shape, dtype=quantizer.scale_dtype, device=x.device))
+                results.append(empty(shape, quantizer.scale_dtype, x.device))
             else:
                 padded = torch.full(shape, placement.scales.padding, dtype=torch.uint8, device=x.device)
                 results.append(padded.view(quantizer.scale_dtype))

@@ -21,6 +21,7 @@ from .patterns.values import aten, tensor
 from .sites import FusedSite
 
 _KERNEL_DEVICES = ("cuda",)
+_ALLOCATIONS = (aten.empty.memory_format, aten.empty_strided.default)
 
 
 def lower(graph: fx.Graph, sites: Sequence[FusedSite]) -> None:
@@ -109,7 +110,7 @@ def _splice(graph: fx.Graph, site: FusedSite, inputs: Sequence[fx.Node | None], 
                 copy = graph.node_copy(node, copies.__getitem__)
             copy.meta["stack_trace"] = op.meta.get("stack_trace")
             copies[node] = copy
-    distances.note(site, next(copy for copy in copies.values() if copy.target is aten.empty.memory_format))
+    distances.note(site, next(copy for copy in copies.values() if copy.target in _ALLOCATIONS))
     for getter in list(op.users):
         getter.replace_all_uses_with(outputs[getter.args[1]])  # type: ignore[index]
         graph.erase_node(getter)

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from fusion_pass.addresses import allocated, has_padding, multiples, padded
+from fusion_pass.dense import empty
 from fusion_pass.eager import overflow_code
 from fusion_pass.inductor import known
 from fusion_pass.specs import (
@@ -254,7 +255,7 @@ def allocate(spec: FusedSpec, x: torch.Tensor, filled: bool = True) -> list[torc
     quantizer = spec.quantizer
     lead = list(x.shape[:-1])
     codes = [*lead, x.shape[-1] // quantizer.codes_per_byte]
-    outputs = [torch.empty(codes, dtype=quantizer.stored, device=x.device)]
+    outputs = [empty(codes, quantizer.stored, x.device)]
     if quantizer.scale is not None:
         groups = x.shape[-1] // (quantizer.group or x.shape[-1])
         scale, with_padding = [*lead, groups], False
@@ -266,9 +267,9 @@ def allocate(spec: FusedSpec, x: torch.Tensor, filled: bool = True) -> list[torc
         if filled and with_padding:
             outputs.append(_zeros(scale, quantizer.scale_dtype, x.device))
         else:
-            outputs.append(torch.empty(scale, dtype=quantizer.scale_dtype, device=x.device))
+            outputs.append(empty(scale, quantizer.scale_dtype, x.device))
     extras = [dtype for dtype in (spec.sum_output, spec.value_output) if dtype is not None]
-    return outputs + [torch.empty(x.shape, dtype=dtype, device=x.device) for dtype in extras]
+    return outputs + [empty(x.shape, dtype, x.device) for dtype in extras]
 
 
 def _zeros(size: list[Any], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
@@ -285,7 +286,7 @@ def _buffers(spec: FusedSpec, x: torch.Tensor, filled: bool) -> list[torch.Tenso
 def storable(codes: torch.Tensor) -> torch.Tensor:
     """A buffer for codes: of their dtype, or of bytes if not every Triton backend knows it."""
     unknown = codes.dtype is torch.float8_e4m3fnuz
-    return torch.empty(codes.shape, dtype=torch.uint8, device=codes.device) if unknown else codes
+    return empty(codes.shape, torch.uint8, codes.device) if unknown else codes
 
 
 def finish(spec: FusedSpec, buffers: list[torch.Tensor]) -> list[torch.Tensor]:

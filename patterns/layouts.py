@@ -17,7 +17,7 @@ from fusion_pass.inductor import real_tensors
 from fusion_pass.specs import ScaleLayout
 
 from .placed_scales import Numbers, Parts
-from .values import aten, dtype, readers, same_shape, same_size, shape
+from .values import aten, dtype, readers, same_shape, same_size, shape, sizes
 
 _PERMUTES = (aten.permute.default, aten.transpose.int, aten.t.default, aten.mT.default)
 _RESHAPES = (
@@ -81,7 +81,7 @@ def _stored_copy(presentation: fx.Node, user: fx.Node, rows: Any, groups: int) -
 
     It may be the copy of a copy: torchao's to_blocked moves the tiles first, and then the rows in them.
     """
-    held = _placed(shape(presentation), rows, groups)
+    held = _placed(presentation, rows, groups)
     node = user
     while held is not None:
         if _is_contiguous_copy(node):
@@ -97,18 +97,20 @@ def _stored_copy(presentation: fx.Node, user: fx.Node, rows: Any, groups: int) -
     return None
 
 
-def _placed(sizes: tuple[Any, ...], rows: Any, groups: int) -> Numbers | Parts | None:
-    """The scales as they are presented in these sizes."""
+def _placed(presentation: fx.Node, rows: Any, groups: int) -> Numbers | Parts | None:
+    """The scales as they are presented."""
     if isinstance(rows, torch.SymInt):
-        return Parts.of(sizes, rows, groups)
-    if not all(isinstance(s, int) for s in (*sizes, rows)) or math.prod(sizes) > _MOST_SCALES:
+        return Parts.of(sizes(presentation), rows, groups)
+    numbers = shape(presentation)
+    if not all(isinstance(s, int) for s in (*numbers, rows)) or math.prod(numbers) > _MOST_SCALES:
         return None
-    return Numbers.of(sizes)
+    return Numbers.of(numbers)
 
 
 def _moved(node: fx.Node, held: Numbers | Parts) -> Numbers | Parts | None:
     """Where node puts what is held, or None if it does something else."""
-    result = shape(node) if dtype(node) is not None else ()
+    # Guards of a graph that was traced with one tile of rows say that there is one: parts are of any number of them.
+    result: tuple[Any, ...] = () if dtype(node) is None else (sizes if isinstance(held, Parts) else shape)(node)
     if node.target in _ALIASES:
         return held
     if node.target in _RESHAPES:

@@ -57,6 +57,13 @@ def shape(node: fx.Node) -> tuple[Any, ...]:
     return tuple([fixed_size(size) for size in value.shape])
 
 
+def sizes(node: fx.Node) -> tuple[Any, ...]:
+    """The sizes of a node's tensor as they were computed: functions of the sizes they depend on, also where they are known to be numbers."""
+    value = tensor(node)
+    assert value is not None
+    return tuple(value.shape)
+
+
 def readers(node: fx.Node) -> list[fx.Node]:
     """The users of a node's values, which its sizes are not."""
     return [user for user in node.users if user.target is not aten.sym_size.int]

@@ -78,6 +78,19 @@ def test_padded_scales(fn, name, mark, device):
     assert [site.name for site in report.fused] == [name]
 
 
+def test_guards_that_there_is_one_tile(device):
+    """Its size is a function of the rows that guards make 1: a view of tiles by columns is of memory as it is, and no copy."""
+    torch._dynamo.reset()
+    report = Report()
+    fn = blocked(True)
+    fused = torch.compile(fn, backend=collecting(report))
+    for rows in (50, 101, 128):
+        x = torch.randn(rows, 160, device=device).to(BF16)
+        torch._dynamo.mark_dynamic(x, 0)
+        assert compare(tuple(fused(x)), tuple(fn(x))).equal
+    assert [site.name for site in report.fused] == ["quant_mxfp8_blocked"]
+
+
 @pytest.mark.parametrize("mark", [torch._dynamo.mark_dynamic, torch._dynamo.decorators.mark_unbacked])
 @pytest.mark.parametrize("fn", [cases.per_group_tma, cases.mxfp8_blocked, cases.mxfp8_both, cases.mxfp4_both])
 def test_one_launch_serves_any_number(fn, mark, device):

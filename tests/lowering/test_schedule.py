@@ -6,8 +6,9 @@ import pytest
 import torch
 import triton
 from torch._dynamo.device_interface import CudaInterface
+from torch._dynamo.exc import BackendCompilerFailed
 from torch._higher_order_ops import triton_kernel_wrap
-from torch._inductor import compile_fx, config, scheduler
+from torch._inductor import compile_fx, config, ir, scheduler
 from torch._inductor.debug import DebugContext
 from torch._inductor.graph import GraphLowering
 from torch._inductor.virtualized import V
@@ -17,6 +18,7 @@ import fusion_pass
 from fusion_pass import inductor
 from fusion_pass.fake_device import relabelled
 
+import cases
 import spelled
 
 BF16 = torch.bfloat16
@@ -74,18 +76,16 @@ def scheduled(fn, *tensors):
         with V.set_fake_mode(mode), V.set_debug_handler(DebugContext()):
             compile_fx._recursive_post_grad_passes(on_gpu, is_inference=True)
             graph = GraphLowering(on_gpu, example_inputs=inputs, shape_env=mode.shape_env, is_inference=True)
-            with V.set_graph_handler(graph), pytest.raises(Scheduled):
+            with V.set_graph_handler(graph):
                 graph.run(*inputs)
                 graph._update_scheduler()
-        # Not run: a CPU may lack its products.
-        outputs = [node.meta["val"] for node in next(n for n in gm.graph.nodes if n.op == "output").args[0]]
-        return lambda *_: [torch.zeros(value.shape, dtype=value.dtype) for value in outputs]
 
     before = inductor.add_pass(inductor.SCHEDULE, stop)
     torch._dynamo.reset()
-    with config.patch(force_disable_caches=True):
+    with config.patch(force_disable_caches=True), pytest.raises(BackendCompilerFailed) as stopped:
         torch.compile(fn, backend=lambda gm, i: inductor.compile_without_joint_passes(gm, i, compiler))(*tensors)
     inductor.remove_pass(inductor.SCHEDULE, stop, before)
+    assert isinstance(stopped.value.inner_exception, Scheduled), stopped.value
     return found
 
 
@@ -122,6 +122,24 @@ def test_layers_are_as_far_apart_as_without_the_pass():
 def _pretended_triton(_pretended_gpu, monkeypatch):
     driver = SimpleNamespace(get_current_target=lambda: GPUTarget("cuda", 90, 32))
     monkeypatch.setattr(triton.runtime.driver, "_active", driver)
+
+
+@pytest.mark.usefixtures("_pretended_triton")
+@pytest.mark.parametrize("mark", [torch._dynamo.mark_dynamic, torch._dynamo.decorators.mark_unbacked])
+@pytest.mark.parametrize(
+    "fn",
+    [cases.per_token, cases.per_group_column, cases.per_group_tma, cases.mxfp8_blocked, cases.mxfp8_both, cases.mxfp4_both],
+)
+def test_launches_of_an_unknown_number_of_rows_take_no_other_kernel(fn, mark):
+    """Nothing is computed for them: memory is what they are handed, and their scales lie where they are wanted."""
+    x = torch.randn(160, 768).to(BF16)
+    mark(x, 0)
+    with fusion_pass.enabled(strict=True):
+        nodes = [node.node for node in scheduled(lambda x: fn(x, None), x)]
+    assert sum(isinstance(node, ir.UserDefinedTritonKernel) for node in nodes) == 1
+    computed = [node for node in nodes if isinstance(node, ir.ComputedBuffer)]
+    assert len(computed) == len(fn(x, None))
+    assert all(set(buffer.data.ranges) == {0} for buffer in computed), computed
 
 
 def written_names(accesses):
