@@ -3,7 +3,8 @@
 An op reads its inputs from memory. Where a pointwise operation computes one that nothing else reads, Inductor would have
 fused it with the quantizer; before an op it writes the values, and the op reads them: four bytes a value of 16 bits, 32 µs
 at 8192 x 4096 on an H200. What ops save there, by docs/performance.md, is 4 to 15 µs against torch 2.15, and more than 32
-against torch 2.11 only after SiLU. With few rows the second launch costs more than the op saves, too.
+against torch 2.11 only after SiLU. With few rows the second launch costs more than the op saves, too. Copies are such operations: of
+merged heads, whose rows are not evenly spaced in memory, or not contiguous.
 
 Where bits matter more than time, FUSION_PASS_ALWAYS=1 fuses such sites as well.
 """
@@ -16,10 +17,23 @@ from collections.abc import Iterator
 import torch
 from torch import fx
 
+from .dense import row_distance
 from .patterns.grammar import describe
-from .patterns.values import Values, tensor
+from .patterns.values import Values, aten, same_shape, tensor
 from .sites import FusedSite, Miss, Report
 from .specs import Granularity
+
+# Each value is one that is read: Inductor reads it in the kernel that needs it, as the tag of pointwise operations says of others.
+_GATHERS = frozenset(
+    {
+        aten.constant_pad_nd.default,
+        aten.embedding.default,
+        aten.flip.default,
+        aten.gather.default,
+        aten.index.Tensor,
+        aten.index_select.default,
+    }
+)
 
 
 def decline(report: Report, values: Values) -> None:
@@ -28,29 +42,36 @@ def decline(report: Report, values: Values) -> None:
 
 
 def _objection(site: FusedSite, values: Values) -> Miss | None:
-    producer = _fused_producer(site, values)
+    x = tensor(site.x)
+    if x is None or x.device.type != "cuda" or not _measured(site):
+        return None
+    inputs = [node for node in (site.x, site.other) if node is not None]
+    scattered = next((node for node in inputs if _is_scattered(node)), None)
+    if scattered is not None:
+        reason = (
+            f"rows of {scattered.name} are not evenly spaced and contiguous: copying them for the op to read would take"
+        )
+        return _miss(site, scattered, reason)
+    producer = next(filter(None, (_fused_producer(node, set(site.nodes), values) for node in inputs)), None)
     if producer is None:
         return None
     reason = (
         f"only this site reads {producer.name}, which Inductor fuses with it: writing it for the op to read would take"
-        " longer than the op saves (FUSION_PASS_ALWAYS=1 fuses nevertheless)"
     )
-    return Miss("cost", reason, f"{site.name}: {describe(producer)}", site.location)
+    return _miss(site, producer, reason)
 
 
-def _fused_producer(site: FusedSite, values: Values) -> fx.Node | None:
-    """The pointwise operation that computes an input of the site for it alone; None if each is in memory anyway."""
-    x = tensor(site.x)
-    if x is None or x.device.type != "cuda" or not _measured(site):
+def _miss(site: FusedSite, node: fx.Node, reason: str) -> Miss:
+    whole = f"{reason} longer than the op saves (FUSION_PASS_ALWAYS=1 fuses nevertheless)"
+    return Miss("cost", whole, f"{site.name}: {describe(node)}", site.location)
+
+
+def _fused_producer(node: fx.Node, internal: set[fx.Node], values: Values) -> fx.Node | None:
+    """The pointwise operation or the copy that computes an input for the nodes of a site alone; None if it is in memory anyway."""
+    producer = _behind_views(node, values)
+    if not (_is_pointwise(producer) or _is_copy(producer)):
         return None
-    internal = set(site.nodes)
-    for node in (site.x, site.other):
-        if node is None:
-            continue
-        producer = _behind_views(node, values)
-        if _is_pointwise(producer) and all(reader in internal for reader in _readers(producer, values)):
-            return producer
-    return None
+    return producer if all(reader in internal for reader in _readers(producer, values)) else None
 
 
 def _measured(site: FusedSite) -> bool:
@@ -66,7 +87,7 @@ def _measured(site: FusedSite) -> bool:
 
 
 def _behind_views(node: fx.Node, values: Values) -> fx.Node:
-    while _is_view(node, values):
+    while _is_view(node, values) and not _is_copy(node):
         node = node.args[0]  # type: ignore[assignment]
     return node
 
@@ -78,8 +99,21 @@ def _is_view(node: fx.Node, values: Values) -> bool:
     return part or bool(getattr(node.target, "is_view", False)) or values.is_transparent(node)
 
 
+def _is_copy(node: fx.Node) -> bool:
+    """Whether node has the values of its argument in another order in memory."""
+    source = tensor(node.args[0]) if node.target is aten.clone.default else None
+    result = tensor(node)
+    return source is not None and result is not None and not same_shape(source.stride(), result.stride())
+
+
+def _is_scattered(node: fx.Node) -> bool:
+    """Whether an op would copy node's rows before its kernel reads them."""
+    value = tensor(node)
+    return value is not None and value.dim() > 0 and row_distance(value) is None
+
+
 def _is_pointwise(node: fx.Node) -> bool:
-    return torch.Tag.pointwise in getattr(node.target, "tags", ())
+    return torch.Tag.pointwise in getattr(node.target, "tags", ()) or node.target in _GATHERS
 
 
 def _readers(node: fx.Node, values: Values) -> Iterator[fx.Node]:

@@ -12,9 +12,22 @@ from torch import fx
 from . import inductor, ops
 from .cast_transpose import LINEAR, CastTransposeSpec
 from .failures import during
-from .patterns.values import Values, aten, dtype, is_pure, same_shape, same_size, shape, tensor
+from .patterns.values import CASTS, VIEWS, Values, aten, dtype, is_pure, same_shape, same_size, shape, tensor
 from .sites import FusedSite
 from .specs import GatedActivation, NoPrologue, RMSNorm
+
+_PARTS = VIEWS | {
+    aten.expand.default,
+    aten.permute.default,
+    aten.select.int,
+    aten.slice.Tensor,
+    aten.split.Tensor,
+    aten.split_with_sizes.default,
+    aten.t.default,
+    aten.transpose.int,
+    aten.unbind.int,
+    operator.getitem,
+}
 
 
 def rewrite(graph: fx.Graph, sites: Iterable[FusedSite], values: Values) -> None:
@@ -69,6 +82,7 @@ class _Editor:
         # After the last input; the sort that follows moves users behind it.
         after = max(inputs, key=lambda n: self.order[n])
         self.cursor = after
+        inputs = [self._before_cast(n) for n in inputs]
         site.op = self._transposing(site, *inputs) if site.by_columns or site.columns else self._fused(site, inputs)
         site.op.meta["stack_trace"] = next(
             (n.meta["stack_trace"] for n in site.nodes if n.meta.get("stack_trace")), None
@@ -88,6 +102,23 @@ class _Editor:
             assert site.columns.scale is not None
             self._replace(self.values.origins(site.columns.codes), next(remaining))
             self._replace_scale(site.columns.scale, next(remaining))
+
+    def _before_cast(self, node: fx.Node) -> fx.Node:
+        """node's values as a part of what was cast, if node is a part of an exact cast; else node.
+
+        The halves of ``x.float()`` are in memory only if Inductor writes them for the op to read; those of x are there.
+        """
+        steps: list[fx.Node] = []
+        whole = node
+        while whole.target in _PARTS and not whole.kwargs:
+            steps.append(whole)
+            whole = whole.args[0]  # type: ignore[assignment]
+        if not steps or whole.target not in CASTS or not self.values.is_transparent(whole):
+            return node
+        part: fx.Node = whole.args[0]  # type: ignore[assignment]
+        for step in reversed(steps):
+            part = self._call(step.target, (part, *step.args[1:]))
+        return part
 
     def _fused(self, site: FusedSite, inputs: list[fx.Node]) -> fx.Node:
         x, other, weight, given = self._present(site, inputs)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import json
 from collections.abc import Callable
 from functools import cache
@@ -11,9 +10,8 @@ from typing import Any
 import torch
 
 from fusion_pass.addresses import allocated, has_padding, multiples, padded
-from fusion_pass.dense import empty
+from fusion_pass.dense import empty, row_distance
 from fusion_pass.eager import overflow_code
-from fusion_pass.inductor import known
 from fusion_pass.specs import (
     DTYPE_NAMES,
     FusedSpec,
@@ -305,13 +303,8 @@ def rows_of(x: torch.Tensor) -> tuple[torch.Tensor, int]:
 
     Where no copy is needed x itself is returned, not a view: Inductor computes an unrealised input anew for each view.
     """
-    # A dim of one has any stride, also in a tensor that counts as contiguous, and separates no rows. What an unbacked
-    # size will be is not known: if it is one after all, there is no other row to find.
-    dims = [(size, stride) for size, stride in zip(x.shape[:-1], x.stride()[:-1], strict=True) if not known(size == 1)]
-    even = all(known(outer[1] == inner[0] * inner[1]) for outer, inner in itertools.pairwise(dims))
-    if x.stride(-1) != 1 or not even:
-        return x.contiguous(), x.shape[-1]
-    return x, dims[-1][1] if dims else x.shape[-1]
+    distance = row_distance(x)
+    return (x.contiguous(), x.shape[-1]) if distance is None else (x, distance)
 
 
 def _cast_clamps(quantizer: Quantizer) -> bool:

@@ -58,6 +58,10 @@ def _by_cost(monkeypatch):
         (lambda x, w: spelled.per_token(torch.relu(x).view(2, 4, 256)), 2, "relu"),
         (gated, 2, "add"),
         (residual, 3, "mul"),
+        # Heads that are merged are a copy; so are tokens that are chosen or padded.
+        (lambda x, w: spelled.per_token(x.view(8, 4, 64).transpose(0, 1).reshape(8, 256)), 2, "clone"),
+        (lambda x, w: spelled.per_token(x[torch.arange(7, -1, -1, device=x.device)]), 2, "index"),
+        (lambda x, w: spelled.per_group(torch.nn.functional.pad(x, (0, 128))), 2, "constant_pad_nd"),
     ],
 )
 def test_what_one_site_reads_alone_is_left_to_inductor(fn, inputs, producer):
@@ -69,10 +73,24 @@ def test_what_one_site_reads_alone_is_left_to_inductor(fn, inputs, producer):
 
 
 @pytest.mark.usefixtures("_by_cost")
+def test_rows_that_an_op_would_copy_are_left_to_inductor():
+    report = report_on(lambda x, w: spelled.per_group(x.view(4, 2, 256).transpose(0, 1).flatten(1)))
+    assert not report.fused
+    (miss,) = report.missed
+    assert miss.kind == "cost"
+    assert "not evenly spaced and contiguous" in miss.reason
+
+
+@pytest.mark.usefixtures("_by_cost")
 @pytest.mark.parametrize(
     "fn",
     [
         lambda x, w: spelled.per_token(spelled.rms_norm(x, w)),
+        # Copied, but for others, too; rows of a part; and a copy of what is dense.
+        lambda x, w: (y := x.view(8, 4, 64).transpose(0, 1).reshape(8, 256), *spelled.per_token(y)),
+        lambda x, w: spelled.per_group(x[:, 128:]),
+        lambda x, w: spelled.per_group(spelled.silu_mul(*x.float().chunk(2, -1))),
+        lambda x, w: spelled.per_token(x.clone().view(4, 2, 256)),
         lambda x, w: spelled.per_token(spelled.rms_norm(torch.mm(x, x.t()) @ x, w)),
         lambda x, w: spelled.per_token(x.view(4, 2, 256).float()),
         read_twice,

@@ -82,6 +82,42 @@ def test_halves_of_one_projection_are_read_in_place():
     assert not any(node.target is torch.ops.aten.clone.default for node in graph.nodes)
 
 
+@pytest.mark.parametrize("dynamic", [(), (0,)], ids=["static", "dynamic"])
+@pytest.mark.parametrize(
+    ("parts", "stride"),
+    [
+        (lambda x: x.float().chunk(2, -1), 1024),
+        (lambda x: x.float().split([512, 512], -1), 1024),
+        (lambda x: (x.float()[:, 512:], x.float()[:, :512]), 1024),
+        (lambda x: x.float().unflatten(-1, (2, 512)).unbind(1), 1024),
+        (lambda x: [x.view(-1, 512).float().view(-1, 2, 512).select(1, i) for i in (0, 1)], 1024),
+    ],
+)
+def test_parts_of_a_cast_are_read_as_parts_of_what_was_cast(parts, stride, dynamic):
+    """Casting in front of a launch would be a kernel that writes, and twice the bytes for both."""
+    report, graph = lowered(lambda x: spelled.per_group(spelled.silu_mul(*parts(x))), (8, 1024), dynamic=dynamic)
+    arguments = launches(graph)[0].kwargs["kwargs"]
+    assert report.fused[0].prologue.product is torch.float32
+    for name in ("x", "other"):
+        assert arguments[f"{name}_ptr"].meta["val"].dtype is torch.bfloat16
+        assert arguments[f"{name}_stride"] == stride
+    assert not any(node.target is torch.ops.prims.convert_element_type.default for node in graph.nodes)
+
+
+@pytest.mark.parametrize(
+    "part",
+    [
+        # Rounded; computed; of other bits.
+        lambda x: x.float().half()[:, :512],
+        lambda x: (x.float() + 1)[:, :512],
+        lambda x: x.view(torch.float32),
+    ],
+)
+def test_parts_of_what_is_no_exact_cast_are_read_as_they_are(part):
+    _, graph = lowered(lambda x: spelled.per_group(part(x)), (8, 1024))
+    assert launches(graph)[0].kwargs["kwargs"]["x_ptr"].meta["val"].dtype is part(torch.zeros(8, 1024).to(BF16)).dtype
+
+
 def test_halves_that_an_op_took_whole_are_read_in_place():
     _, graph = lowered(lambda x: opaque_ops.per_group(opaque_ops.silu_and_mul(x), layout="strided"), (8, 1024))
     (launch,) = launches(graph)
