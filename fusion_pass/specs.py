@@ -42,7 +42,7 @@ class Weight(enum.Enum):
 
     NONE = "none"
     PLAIN = "plain"
-    ONE_PLUS = "one_plus"  # 1 + weight in float32, as Gemma does
+    ONE_PLUS = "one_plus"  # 1 + weight, as Gemma has it
 
 
 class Mean(enum.Enum):
@@ -205,6 +205,7 @@ class RMSNorm:
         root_rounding: dtype to which the root or its inverse is rounded (float32: not rounded).
         gate: None, or the function of a gate with which the product is multiplied in f32; there is no residual then.
         gated: dtype to which that is rounded (float32: not rounded).
+        shifted: dtype to which 1 + weight is rounded (float32: not rounded).
     """
 
     eps: float
@@ -217,11 +218,15 @@ class RMSNorm:
     root_rounding: torch.dtype = torch.float32
     gate: Activation | None = None
     gated: torch.dtype = torch.float32
+    shifted: torch.dtype = torch.float32
 
     def __post_init__(self) -> None:
         _require(math.isfinite(self.eps), "eps", self.eps, "a finite number")
         _require_rounding("root_rounding", self.root_rounding)
         _require_rounding("gated", self.gated)
+        _require_rounding("shifted", self.shifted)
+        plain = self.weight is not Weight.ONE_PLUS
+        _require(self.shifted is torch.float32 or not plain, "shifted", self.shifted, "float32, but for 1 + weight")
         _require(self.gate in (None, Activation.SILU, Activation.SIGMOID), "gate", self.gate, "None, silu or sigmoid")
         _require(self.gate is None or self.residual_sum is None, "gate", self.gate, "None with a residual")
         _require_rounding("normalized", self.normalized)

@@ -84,7 +84,7 @@ def normalized(x, factor, weight, PROLOGUE: tl.constexpr):
         x *= factor
     if weight is not None:
         if named(PROLOGUE, "one_plus"):
-            weight = cast(weight, tl.float32) + 1.0
+            weight = rounded(cast(weight, tl.float32) + 1.0, named(PROLOGUE, "weight_rounding"))
         x = rounded_product(x, weight, INNER_ROUNDING, PRODUCT_ROUNDING)
     else:
         x = rounded(round_to(x, INNER_ROUNDING), PRODUCT_ROUNDING)

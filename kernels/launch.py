@@ -352,6 +352,7 @@ def _prologue_constants(spec: FusedSpec) -> dict[str, Any]:
             "mean": prologue.mean.value,
             "root": prologue.root.value,
             "one_plus": prologue.weight is Weight.ONE_PLUS,
+            "weight_rounding": DTYPE_NAMES[prologue.shifted],
             "root_rounding": DTYPE_NAMES[prologue.root_rounding],
             "gate": None if prologue.gate is None else prologue.gate.value,
             "gated_rounding": DTYPE_NAMES[prologue.gated],

@@ -387,7 +387,7 @@ def _has_weight(prologue: Any) -> bool:
 def _multiplies_in_pairs(prologue: Any) -> bool:
     """Whether a norm's product with its weight is of 16 bits, two at a time."""
     in_16_bits = prologue.normalized is prologue.product is not torch.float32
-    return in_16_bits and prologue.weight is Weight.PLAIN
+    return in_16_bits and (prologue.weight is Weight.PLAIN or prologue.shifted is prologue.product)
 
 
 def _parts(spec: FusedSpec, row: int, rows: Any) -> int:

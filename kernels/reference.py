@@ -78,7 +78,7 @@ def _rms_norm(
         mean = squares / count if norm.mean is Mean.DIVIDE else squares * count.reciprocal()
     normalized = _round(_over_root(norm, x, mean + norm.eps), norm.normalized)
     if weight is not None:
-        factor = weight.float() + 1 if norm.weight is Weight.ONE_PLUS else weight.float()
+        factor = _round(weight.float() + 1, norm.shifted) if norm.weight is Weight.ONE_PLUS else weight.float()
         normalized = normalized * factor
     return _round(normalized, norm.product), total
 

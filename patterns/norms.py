@@ -70,7 +70,7 @@ def _normalized(rounding: str) -> Pattern:
 
 
 _weight = either(
-    tagged("weight_rule", Weight.ONE_PLUS, op(ADD, value("weight"), equal(1), commutative=True)),
+    tagged("weight_rule", Weight.ONE_PLUS, op(ADD, value("weight"), equal(1), rounding="shifted", commutative=True)),
     tagged("weight_rule", Weight.PLAIN, value("weight")),
 )
 
@@ -137,6 +137,7 @@ def _describe(match: Match, search: Search, device_type: str) -> NormSite | None
         root_rounding=match.get("root_rounding", torch.float32),
         gate=match.get("gate_rule"),
         gated=match.get("gated", torch.float32),
+        shifted=match.get("shifted", torch.float32),
     )
     x = match["x_used"]
     added = _residual(x, match, search) if norm.gate is None else None

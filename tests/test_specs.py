@@ -35,6 +35,7 @@ prologues = st.one_of(
         product=roundings,
         residual_sum=st.none() | roundings,
     ),
+    st.builds(RMSNorm, eps=positive, weight=st.just(Weight.ONE_PLUS), product=roundings, shifted=roundings),
     st.builds(
         GatedActivation,
         activation=st.sampled_from([Activation.SILU, Activation.GELU, Activation.GELU_TANH]),
@@ -82,6 +83,12 @@ def test_text_round_trip(spec):
 def test_a_bad_field_is_named(field, value):
     with pytest.raises(SpecError, match=field):
         Quantizer.dynamic(**{field: value})
+
+
+def test_a_weight_is_rounded_only_after_one_is_added_to_it():
+    RMSNorm(1e-6, Weight.ONE_PLUS, shifted=torch.bfloat16)
+    with pytest.raises(SpecError, match="shifted"):
+        RMSNorm(1e-6, Weight.PLAIN, shifted=torch.bfloat16)
 
 
 def test_per_token_scales_have_no_column_layout():

@@ -56,6 +56,10 @@ def prologues(device, dtype):
         "add norm": RMSNorm(1e-6, mean=mean, normalized=dtype, product=dtype, residual_sum=dtype),
         "add norm, sum unrounded": RMSNorm(1e-6, mean=mean, product=dtype, residual_sum=F32),
         "one plus weight": RMSNorm(1e-6, weight=Weight.ONE_PLUS, mean=mean, product=dtype),
+        "one plus weight, rounded": RMSNorm(
+            1e-6, Weight.ONE_PLUS, mean, normalized=dtype, product=dtype, shifted=dtype
+        ),
+        "one plus weight, both rounded late": RMSNorm(1e-6, Weight.ONE_PLUS, mean, product=dtype, shifted=dtype),
         "1 / sqrt": RMSNorm(1e-6, mean=mean, product=dtype, root=Root.RECIPROCAL_SQRT),
         "rounded root": RMSNorm(1e-6, mean=mean, product=dtype, root_rounding=dtype),
         "gated": RMSNorm(1e-6, mean=mean, normalized=dtype, product=dtype, gate=Activation.SILU, gated=dtype),

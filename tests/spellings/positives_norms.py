@@ -237,7 +237,7 @@ def moshi(x, weight):
 
 @positive(
     f"{TRANSFORMERS}/muse_spark/modeling_muse_spark.py MuseSparkTextCenteredRMSNorm: 1 + weight is rounded to bfloat16",
-    "rms_norm_per_token",
+    "gemma_rms_norm_per_token",
     inputs=normed(),
     then=per_token,
 )
@@ -428,7 +428,7 @@ def litgpt(x, weight):
 
 @positive(
     "Lightning-AI/litgpt litgpt/model.py RMSNorm with add_unit_offset: 1 + weight is rounded to bfloat16",
-    "rms_norm_per_token",
+    "gemma_rms_norm_per_token",
     inputs=normed(),
     then=per_token,
 )
