@@ -79,17 +79,19 @@ def column_copies(uses: Uses, rows: tuple[Any, ...], groups: int) -> tuple[fx.No
 def _stored_copy(presentation: fx.Node, user: fx.Node, rows: Any, groups: int) -> tuple[fx.Node, ScaleLayout] | None:
     """The copy that user leads to in whose storage the scales have a layout; None if none has, before anything else is done.
 
-    It may be the copy of a copy: torchao's to_blocked moves the tiles first, and then the rows in them.
+    It may be the copy of a copy: torchao's to_blocked moves the tiles first, and then the rows in them. What is padded is a copy, too: of
+    four groups it has packed words already, and their transposes are no others.
     """
     held = _placed(presentation, rows, groups)
     node = user
     while held is not None:
-        if _is_contiguous_copy(node):
-            layout = held.layout(rows, groups, packed=dtype(node) is torch.int32)
+        copied = _is_contiguous_copy(node)
+        held = held if copied else _moved(node, held)
+        if held is not None and (copied or node.target is aten.constant_pad_nd.default):
+            packed = dtype(node) is torch.int32 or (not copied and dtype(node) is torch.uint8)
+            layout = held.layout(rows, groups, packed)
             if layout is not None:
                 return node, layout
-        else:
-            held = _moved(node, held)
         users = readers(node)
         if len(users) != 1:
             return None

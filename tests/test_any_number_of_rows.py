@@ -78,6 +78,23 @@ def test_padded_scales(fn, name, mark, device):
     assert [site.name for site in report.fused] == [name]
 
 
+@pytest.mark.parametrize("mark", [None, torch._dynamo.mark_dynamic, torch._dynamo.decorators.mark_unbacked])
+@pytest.mark.parametrize("row", [256, 512])
+def test_four_groups_are_packed_as_they_are_padded(row, mark, device):
+    """Columns of one word are words by rows: nothing is transposed, but rows, or groups, are padded, if only by none."""
+    torch._dynamo.reset()
+    report = Report()
+    fused = torch.compile(
+        lambda x: cases.per_group_packed(x, None), backend=collecting(report), dynamic=None if mark else False
+    )
+    for rows in (22, 24):
+        x = torch.randn(rows, row, device=device).to(BF16)
+        if mark is not None:
+            mark(x, 0)
+        assert compare(tuple(fused(x)), cases.per_group_packed(x, None)).equal
+    assert {site.name for site in report.fused} == {"quant_per_group_128_ue8m0_bytes_packed"}
+
+
 def test_guards_that_there_is_one_tile(device):
     """Its size is a function of the rows that guards make 1: a view of tiles by columns is of memory as it is, and no copy."""
     torch._dynamo.reset()
