@@ -106,8 +106,12 @@ class _Editor:
     def _before_cast(self, node: fx.Node) -> fx.Node:
         """node's values as a part of what was cast, if node is a part of an exact cast; else node.
 
-        The halves of ``x.float()`` are in memory only if Inductor writes them for the op to read; those of x are there.
+        The halves of ``x.float()`` are in memory only if Inductor writes them for the op to read; those of x are there. On a CPU, eager
+        activations of the one have other bits than those of a copy of the other, by how they lie in memory.
         """
+        value = tensor(node)
+        if value is None or value.device.type == "cpu":
+            return node
         steps: list[fx.Node] = []
         whole = node
         while whole.target in _PARTS and not whole.kwargs:

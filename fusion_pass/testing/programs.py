@@ -120,7 +120,7 @@ class _Run:
     def activate(self, step: Step) -> None:
         gate, up = self.value(step.source), self.value(step.other)
         if step.flags & 8 and gate.shape[-1] % 2 == 0:
-            gate, up = gate.chunk(2, -1)
+            gate, up = (gate.float() if step.flags & 4 else gate).chunk(2, -1)
         if gate.shape == up.shape:
             self.values.append(spellings.activation(gate, up, step.spelling))
 

@@ -28,7 +28,8 @@ def norm(x: torch.Tensor, weight: torch.Tensor, spelling: int, flags: int) -> to
     if spelling % 5 == 0:
         return weight * h.to(x.dtype)
     if spelling % 5 == 1:
-        return (h * (1.0 + weight.float())).to(x.dtype)
+        # Every other one adds in the weight's dtype.
+        return (h * (1.0 + (weight if spelling // 5 % 2 else weight.float()))).to(x.dtype)
     if spelling % 5 == 2:
         return h.to(x.dtype)
     if spelling % 5 == 3:
