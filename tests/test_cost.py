@@ -6,6 +6,7 @@ import torch
 from fusion_pass import graph_pass, inductor, settings
 from fusion_pass.fake_device import relabelled
 
+import cases
 import opaque_ops
 import spelled
 
@@ -100,6 +101,9 @@ def test_rows_that_an_op_would_copy_are_left_to_inductor():
         # It computes the producer of a transpose, or of an amax of all values, twice.
         lambda x, w: spelled.per_group((x * 2).view(64, 32).t().contiguous(), 32),
         lambda x, w: per_tensor(x * 2),
+        # FP4 codes take Inductor longer than writing and reading what they are of.
+        lambda x, w: cases.mxfp4(torch.relu(x), None),
+        lambda x, w: cases.mxfp4(x[torch.arange(7, -1, -1, device=x.device)], None),
         # What is an op reads memory without the pass, too.
         lambda x, w: opaque_ops.per_token(opaque_ops.rms_norm(torch.relu(x), w)),
     ],
