@@ -4,7 +4,8 @@ An op reads its inputs from memory. Where a pointwise operation computes one tha
 fused it with the quantizer; before an op it writes the values, and the op reads them: four bytes a value of 16 bits, 32 µs
 at 8192 x 4096 on an H200. What ops save there, by docs/performance.md, is 4 to 15 µs against torch 2.15, and more than 32
 against torch 2.11 only after SiLU. With few rows the second launch costs more than the op saves, too. Copies of rows are such
-operations: of merged heads, or of rows that are not evenly spaced in memory. Transposes are not: Inductor reads those twice.
+operations: of merged heads, of rows that are not evenly spaced in memory, of interleaved ones. Transposes are not: Inductor reads
+those twice.
 
 Where bits matter more than time, FUSION_PASS_ALWAYS=1 fuses such sites as well.
 """
@@ -18,6 +19,7 @@ import torch
 from torch import fx
 
 from .dense import row_distance
+from .inductor import known
 from .patterns.grammar import describe
 from .patterns.values import Values, aten, same_shape, tensor
 from .sites import FusedSite, Miss, Report
@@ -48,7 +50,7 @@ def _objection(site: FusedSite, values: Values) -> Miss | None:
     inputs = [node for node in (site.x, site.other) if node is not None]
     scattered = next((node for node in inputs if _is_scattered(node)), None)
     if scattered is not None:
-        reason = f"rows of {scattered.name} are not evenly spaced: copying them for the op to read would take"
+        reason = f"rows of {scattered.name} are not evenly spaced and dense: copying them for the op to read would take"
         return _miss(site, scattered, reason)
     producer = next(filter(None, (_fused_producer(node, set(site.nodes), values) for node in inputs)), None)
     if producer is None:
@@ -102,7 +104,7 @@ def _is_copy(node: fx.Node) -> bool:
     """Whether node has the rows of its argument elsewhere in memory, and is no transpose."""
     source = tensor(node.args[0]) if node.target is aten.clone.default else None
     result = tensor(node)
-    if source is None or result is None or not _has_contiguous_rows(source):
+    if source is None or result is None or _is_transposed(source):
         return False
     return not same_shape(source.stride(), result.stride())
 
@@ -110,11 +112,14 @@ def _is_copy(node: fx.Node) -> bool:
 def _is_scattered(node: fx.Node) -> bool:
     """Whether an op would copy node's rows before its kernel reads them."""
     value = tensor(node)
-    return value is not None and _has_contiguous_rows(value) and row_distance(value) is None
+    return value is not None and value.dim() > 0 and not _is_transposed(value) and row_distance(value) is None
 
 
-def _has_contiguous_rows(value: torch.Tensor) -> bool:
-    return value.dim() > 0 and value.stride(-1) == 1
+def _is_transposed(value: torch.Tensor) -> bool:
+    """Whether neighbours in memory are of another dim than the last."""
+    *others, last = value.stride() or (1,)
+    # Symbolic strides are not compared, which would be a guard.
+    return not known(last == 1) and any(known(stride == 1) for stride in others)
 
 
 def _is_pointwise(node: fx.Node) -> bool:

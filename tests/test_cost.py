@@ -9,6 +9,7 @@ from fusion_pass.fake_device import relabelled
 import cases
 import opaque_ops
 import spelled
+from lowered import lowered
 
 BF16 = torch.bfloat16
 
@@ -74,12 +75,19 @@ def test_what_one_site_reads_alone_is_left_to_inductor(fn, inputs, producer):
 
 
 @pytest.mark.usefixtures("_by_cost")
-def test_rows_that_an_op_would_copy_are_left_to_inductor():
-    report = report_on(lambda x, w: spelled.per_group(x.view(4, 2, 256).transpose(0, 1).flatten(1)))
+@pytest.mark.parametrize(
+    "fn",
+    [
+        lambda x, w: spelled.per_group(x.view(4, 2, 256).transpose(0, 1).flatten(1)),
+        lambda x, w: spelled.per_group(spelled.silu_mul(x[:, ::2], x[:, 1::2])),
+    ],
+)
+def test_rows_that_an_op_would_copy_are_left_to_inductor(fn):
+    report = report_on(fn)
     assert not report.fused
     (miss,) = report.missed
     assert miss.kind == "cost"
-    assert "not evenly spaced" in miss.reason
+    assert "not evenly spaced and dense" in miss.reason
 
 
 @pytest.mark.usefixtures("_by_cost")
@@ -125,3 +133,15 @@ def test_always_fuses_and_is_part_of_the_cache_key(monkeypatch):
     monkeypatch.setenv("FUSION_PASS_ALWAYS", "yes")
     with pytest.raises(ValueError, match="FUSION_PASS_ALWAYS is 'yes'; allowed: 0 or 1"):
         settings.always()
+
+
+@pytest.mark.usefixtures("_by_cost")
+def test_costs_of_rows_of_any_number():
+    """Strides of the heads are functions of the rows, and not compared with a number that these may be."""
+
+    def fn(x):
+        return spelled.per_token(x.view(2, -1, 4, 64).transpose(0, 1).flatten(1))
+
+    report, _ = lowered(fn, (8, 256), dynamic=(0,), mark=torch._dynamo.decorators.mark_unbacked)
+    assert [miss.kind for miss in report.missed] == ["cost"]
+    assert not report.fused
