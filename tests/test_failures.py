@@ -108,7 +108,7 @@ FAULTS = [
     ("plan", plan._Planner, "_with_layout", 1),
     ("plan", transposes, "_is_plain", 1),
     ("plan", hardware, "_lacking", 1),
-    ("plan", cost, "_measured", 1),
+    ("plan", cost, "_saves_less", 1),
     ("run", graph_pass, "_limit", 0),
     ("rewrite", graph_pass, "rewrite", 0),
     ("rewrite", rewrite._Editor, "insert", 1),
