@@ -118,7 +118,7 @@ def _is_scattered(node: fx.Node) -> bool:
 def _is_transposed(value: torch.Tensor) -> bool:
     """Whether neighbours in memory are of another dim than the last."""
     *others, last = value.stride() or (1,)
-    # Symbolic strides are not compared, which would be a guard.
+    # What an unbacked stride will be is not known.
     return not known(last == 1) and any(known(stride == 1) for stride in others)
 
 

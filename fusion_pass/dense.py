@@ -27,9 +27,9 @@ def empty(size: Sequence[Any], dtype: torch.dtype, device: torch.device) -> torc
 def row_distance(x: torch.Tensor) -> Any:
     """The distance of x's rows, which are its last dim, in values; None if they are not evenly spaced or not contiguous."""
     # A dim of one has any stride, also in a tensor that counts as contiguous, and separates no rows. What an unbacked
-    # size will be is not known: if it is one after all, there is no other row to find.
+    # size or stride will be is not known: if that size is one after all, there is no other row to find.
     dims = [(size, stride) for size, stride in zip(x.shape[:-1], x.stride()[:-1], strict=True) if not known(size == 1)]
     even = all(known(outer[1] == inner[0] * inner[1]) for outer, inner in itertools.pairwise(dims))
-    if x.stride(-1) != 1 or not even:
+    if not known(x.stride(-1) == 1) or not even:
         return None
     return dims[-1][1] if dims else x.shape[-1]

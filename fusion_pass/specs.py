@@ -225,8 +225,8 @@ class RMSNorm:
         _require_rounding("root_rounding", self.root_rounding)
         _require_rounding("gated", self.gated)
         _require_rounding("shifted", self.shifted)
-        plain = self.weight is not Weight.ONE_PLUS
-        _require(self.shifted is torch.float32 or not plain, "shifted", self.shifted, "float32, but for 1 + weight")
+        shiftable = self.shifted is torch.float32 or self.weight is Weight.ONE_PLUS
+        _require(shiftable, "shifted", self.shifted, "float32, but for 1 + weight")
         _require(self.gate in (None, Activation.SILU, Activation.SIGMOID), "gate", self.gate, "None, silu or sigmoid")
         _require(self.gate is None or self.residual_sum is None, "gate", self.gate, "None with a residual")
         _require_rounding("normalized", self.normalized)

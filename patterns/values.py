@@ -52,9 +52,7 @@ def tensor(node: Any) -> torch.Tensor | None:
 
 def shape(node: fx.Node) -> tuple[Any, ...]:
     """The sizes of a node's tensor, numbers where they are known to be."""
-    value = tensor(node)
-    assert value is not None
-    return tuple([fixed_size(size) for size in value.shape])
+    return tuple([fixed_size(size) for size in sizes(node)])
 
 
 def sizes(node: fx.Node) -> tuple[Any, ...]:
