@@ -417,8 +417,13 @@ def stored_tensor(node: fx.Node) -> torch.Tensor | None:
 
 
 def stored_number(node: fx.Node) -> float | None:
-    """The number in a tensor that tracing lifted out of the code, such as ``torch.tensor(1.0)``; None if it is not one."""
+    """The number in a tensor that tracing lifted out of the code, such as ``torch.tensor(1.0)``; None if it is not one.
+
+    An exported module's buffers are in its graph, too, where the module may write to them: then they are no numbers.
+    """
     stored = getattr(node.graph.owning_module, str(node.target), None)
+    if any(user.target is torch.ops.aten.copy_.default and user.args[0] is node for user in node.users):
+        return None
     if not isinstance(stored, torch.Tensor) or isinstance(stored, FakeTensor) or stored.numel() != 1:
         return None
     with real_tensors():

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 import fusion_pass
+from fusion_pass import inductor
 from fusion_pass.testing import compare
 
 import spelled
@@ -107,3 +108,23 @@ def test_the_cpp_wrapper_launches_the_kernels(module, fused):
         for _ in range(2):
             assert compare(compiled(x), module(x)).equal
     assert fused() == {"rms_norm_per_token": 1}
+
+
+class Halving(torch.nn.Module):
+    """Writes to one of its buffers, which is no constant, then."""
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("largest", torch.tensor(448.0))
+        self.register_buffer("step", torch.tensor(0.5))
+
+    def forward(self, x):
+        scale = x.abs().amax(-1, keepdim=True) / self.largest
+        self.largest.mul_(self.step)
+        return scale
+
+
+def test_a_buffer_that_is_written_is_no_number():
+    graph = torch.export.export(Halving(), (torch.randn(4, WIDTH),)).run_decompositions().module().graph
+    stored = {node.target: inductor.stored_number(node) for node in graph.find_nodes(op="get_attr")}
+    assert stored == {"largest": None, "step": 0.5}
