@@ -342,7 +342,8 @@ def store_quantized(
         peak = tl.full([1, 1, 1], 0.0, tl.float32)
     if PEAK == "load":
         peak += tl.load(amax_ptr).to(tl.float32, bitcast=True)
-    given = tl.full(peak.shape, 0.0, tl.float32) + (0.0 if given is None else given)
+    # Broadcast, as adding it to zeros would turn -0 to 0.
+    given = tl.full(peak.shape, 0.0, tl.float32) if given is None else tl.broadcast_to(given, peak.shape)
     present = (rows < M) & (groups < N // GROUP)
     if PAIRS:
         factor, scale = evaluate(peak, given, PROGRAM)
