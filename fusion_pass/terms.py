@@ -258,7 +258,7 @@ def largest_quotient(term: Operand, divides: bool) -> float:
     if not isinstance(term, Term):
         return INFINITY
     if term.op == "where":
-        return largest_quotient(term.args[2], divides)
+        return max(_largest_of_branch(term, 1, divides), _largest_of_branch(term, 2, divides))
     if term.op in ("f32", "f64"):
         return largest_quotient(term.args[0], divides)
     if term.op in ("bf16", "f16"):
@@ -268,14 +268,54 @@ def largest_quotient(term: Operand, divides: bool) -> float:
     if term.op == "reciprocal":
         return largest_quotient(term.args[0], not divides)
     if term.op in ("mul", "div") and isinstance(term.args[0], Term) and not isinstance(term.args[1], Term):
-        factor = float(term.args[1]) if term.op == "mul" else 1 / float(term.args[1])
-        return largest_quotient(term.args[0], divides) * (1 / factor if divides else factor) if factor > 0 else INFINITY
+        number = float(term.args[1])
+        if number <= 0:
+            return INFINITY
+        # x / (t * number) and x * (t / number) are less by the number, the others more.
+        return largest_quotient(term.args[0], divides) * (1 / number if (term.op == "mul") == divides else number)
     if term.op == "div" and not divides and not isinstance(term.args[0], Term):
-        return largest_quotient(term.args[1], True) * float(term.args[0])
+        return largest_quotient(term.args[1], True) * abs(float(term.args[0]))
     rounded = rounded_power(term, "ceil" if divides else "floor")
     if rounded is not None:
         return largest_quotient(rounded, divides)
     return 1.0 if term.op == "amax" and divides else INFINITY
+
+
+def _largest_of_branch(where: Term, branch: int, divides: bool) -> float:
+    """As :func:`largest_quotient`, where the condition of ``where`` selects that branch."""
+    condition, value = where.args[0], where.args[branch]
+    if isinstance(value, Term):
+        return largest_quotient(value, divides)
+    largest = _largest_value(condition, branch == 1)
+    if largest == 0:
+        return 0.0
+    return largest * (1 / value if divides else value) if value > 0 else INFINITY
+
+
+# Which comparisons of a term with a number say that the term is at most the number, when they hold or when they do not.
+_AT_MOST = {"lt": True, "le": True, "eq": True, "gt": False, "ge": False, "ne": False}
+
+
+def _largest_value(condition: Operand, holds: bool) -> float:
+    """What |x| is at most where a condition holds, or does not; infinite if that is not known.
+
+    Rows of which an amax or scale is NaN or infinite have values without a defined code anyway.
+    """
+    if not isinstance(condition, Term):
+        return INFINITY
+    if condition.op == "negate":
+        return _largest_value(condition.args[0], not holds)
+    if condition.op in ("isnan", "isinf"):
+        return 0.0 if holds else INFINITY
+    if _AT_MOST.get(condition.op) is not holds or isinstance(condition.args[1], Term):
+        return INFINITY
+    quotient = largest_quotient(condition.args[0], divides=True)
+    return INFINITY if quotient == INFINITY else quotient * max(0.0, float(condition.args[1]))
+
+
+def _keeps_exponents(term: Term) -> bool:
+    """Whether a bound from above leaves every finite float's biased exponent as it is."""
+    return term.op == "min" and not isinstance(term.args[1], Term) and term.args[1] >= 254
 
 
 def rounded_power(term: Term, direction: str) -> Operand | None:
@@ -288,7 +328,7 @@ def rounded_power(term: Term, direction: str) -> Operand | None:
     if term.op != "from_bits" or direction != "ceil" or not isinstance(inner, Term) or inner.op != "shl":
         return None
     exponent = inner.args[0]
-    while isinstance(exponent, Term) and exponent.op in ("max", "min"):
+    while isinstance(exponent, Term) and (exponent.op == "max" or _keeps_exponents(exponent)):
         exponent = exponent.args[0]
     if not isinstance(exponent, Term) or exponent.op != "add":
         return None

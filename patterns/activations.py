@@ -102,6 +102,9 @@ def recognise_activation(node: fx.Node, search: Search) -> ActivationSite | None
         if not isinstance(size, int):
             search.fail(match["gate"], match, "rows of a static length", f"rows of {size} values")
             continue
+        if match.get("offset") == 0:
+            search.fail(match["up"], match, "an offset that is not zero", "one that turns -0 to 0")
+            continue
         limit = match.get("gate_limit")
         both = (match.get("up_low"), match.get("up_limit")) == (None if limit is None else -limit, limit)
         if not both and "up" in match.captures:

@@ -7,15 +7,17 @@ PatternExpr does neither: it commits to the first alternative and says only that
 
 from __future__ import annotations
 
+import math
 import operator
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
 from torch import fx
 
-from fusion_pass.inductor import stored_number
+from fusion_pass.inductor import real_tensors, stored_number
 
 from .values import FLOATS, Values, aten, cast_dtype, dtype, same_shape, same_size, shape, tensor
 
@@ -27,6 +29,8 @@ POW = (aten.pow.Tensor_Scalar,)
 ABS = (aten.abs.default,)
 SQRT = (aten.sqrt.default,)
 RECIPROCAL = (aten.reciprocal.default,)
+# Where a scalar tensor of 32 bits may meet one of 16.
+_NARROWING = frozenset({*ADD, *SUB, *MUL, *DIV, aten.where.self})
 
 
 @dataclass(frozen=True)
@@ -114,24 +118,29 @@ def value(name: str) -> Pattern:
     return pattern
 
 
-_FOLDED: dict[Any, Callable[..., float]] = {
-    **dict.fromkeys(ADD, operator.add),
-    **dict.fromkeys(SUB, operator.sub),
-    **dict.fromkeys(MUL, operator.mul),
-    **dict.fromkeys(DIV, operator.truediv),
-    aten.neg.default: operator.neg,
-    aten.round.default: round,
-    aten.clamp_min.default: max,
-    aten.clamp_min.Tensor: max,
-    aten.clamp_max.default: min,
-    aten.clamp_max.Tensor: min,
-}
+_FOLDED = frozenset(
+    {
+        *ADD,
+        *SUB,
+        *MUL,
+        *DIV,
+        aten.neg.default,
+        aten.round.default,
+        aten.clamp_min.default,
+        aten.clamp_min.Tensor,
+        aten.clamp_max.default,
+        aten.clamp_max.Tensor,
+    }
+)
 
 
 def constant(argument: Any, values: Values) -> float | None:
-    """The number an argument is: a Python scalar, or a tensor filled with one; what is made of numbers is folded."""
+    """The number an argument is: a Python scalar, or a tensor filled with one; what is made of numbers is folded.
+
+    None for -0.0: whatever compares numbers takes it for 0.0.
+    """
     if isinstance(argument, (int, float)) and not isinstance(argument, bool):
-        return float(argument)
+        return _told_apart(float(argument))
     if not isinstance(argument, fx.Node) or tensor(argument) is None:
         return None
     node = values.core(argument)
@@ -139,7 +148,11 @@ def constant(argument: Any, values: Values) -> float | None:
         # Remembered, as the operands of a residual stream lead to the start of the graph.
         values.numbers[node] = _number(node, values)
     number = values.numbers[node]
-    return None if number is None else round_to(number, dtype(argument))
+    return None if number is None else _told_apart(round_to(number, dtype(argument)))
+
+
+def _told_apart(number: float) -> float | None:
+    return None if number == 0 and math.copysign(1, number) < 0 else number
 
 
 def _number(node: fx.Node, values: Values) -> float | None:
@@ -150,17 +163,38 @@ def _number(node: fx.Node, values: Values) -> float | None:
         number = node.args[0] if node.target is aten.scalar_tensor.default else node.args[1]
     elif node.target in _FOLDED or cast_dtype(node) is not None:
         operands = [constant(a, values) for a in (node.args if node.target in _FOLDED else node.args[:1])]
-        if None not in operands and not (node.target in DIV and operands[1] == 0):
-            number = _FOLDED[node.target](*operands) if node.target in _FOLDED else operands[0]
+        if None not in operands:
+            number = _folded(node, operands) if node.target in _FOLDED else operands[0]
             # Zero is all that is known to survive a cast to codes.
             number = number if number == 0 or dtype(node) in (*FLOATS, torch.float64) else None
-    if isinstance(number, bool) or not isinstance(number, (int, float)):
+    if isinstance(number, bool) or not isinstance(number, (int, float)) or dtype(node) is torch.bool:
         return None
     return round_to(float(number), dtype(node))
 
 
+def _folded(node: fx.Node, operands: list[Any]) -> float | None:
+    """What eager code computes of numbers, by the operation itself; None where devices compute it differently."""
+    value_of = tensor(node)
+    if value_of is None or node.kwargs.get("alpha", 1) != 1:
+        return None
+    on_cpu = value_of.device.type == "cpu"
+    if not on_cpu and node.target in DIV and not isinstance(node.args[1], fx.Node):
+        # Eager CUDA code multiplies by the reciprocal of a Python scalar.
+        return None
+    with real_tensors():
+        given = [
+            torch.full((), number, dtype=dtype(argument), device="cpu") if isinstance(argument, fx.Node) else argument
+            for number, argument in zip(operands, node.args, strict=True)
+        ]
+        return float(node.target(*given, **node.kwargs))  # type: ignore[operator]
+
+
 def round_to(number: float, kind: torch.dtype | None) -> float:
-    return torch.tensor(number, dtype=kind, device="cpu").item() if kind in FLOATS else number
+    """The number that a tensor of that dtype has where it is filled with ``number``."""
+    if kind is None or kind is torch.float64:
+        return number
+    with real_tensors():
+        return float(torch.full((), number, dtype=kind, device="cpu"))
 
 
 def number(name: str) -> Pattern:
@@ -259,11 +293,13 @@ def op(
     commutative: bool = False,
     reduction: bool = False,
     shapes: Shapes | None = None,
+    narrowing: bool = False,
 ) -> Pattern:
     """One of the operations, on the operands.
 
     Its result must be unrounded float32, unless ``rounding`` names the capture that takes the dtype it is rounded to, or
-    ``exact`` says that it cannot round (max, abs, clamp by a bound of the same dtype).
+    ``exact`` says that it cannot round (max, abs, clamp by a bound of the same dtype). ``narrowing`` says that the operands'
+    patterns see to operands that eager code rounds to the result's dtype.
     """
     expected = "/".join(dict.fromkeys(str(t).split(".")[1] for t in targets))
     orders = ((0, 1), (1, 0)) if commutative else (tuple(range(len(operands))),)
@@ -275,6 +311,14 @@ def op(
         core, match = found
         for order in orders:
             arguments = [core.args[i] for i in order]
+            if not narrowing and (wide := next(filter(partial(narrows, core), order), None)) is not None:
+                search.fail(
+                    core,
+                    match,
+                    f"operands of {expected} in {_result_dtype(core)}",
+                    f"a scalar in {dtype(core.args[wide])}",
+                )
+                return
             if shapes is not None and not _fit(shapes, core, arguments):
                 search.fail(core, match, f"operands of {expected} that are {shapes.__name__.replace('_', ' ')}")
                 continue
@@ -310,6 +354,23 @@ def op(
         return core, match
 
     return pattern
+
+
+def narrows(core: fx.Node, index: int) -> bool:
+    """Whether eager code rounds an operand to the 16 bits of the operation's result: a tensor without dims in 32 bits.
+
+    ATen's kernels convert their operands to the common dtype, of which such a tensor has no say, but read a scalar that is on
+    the CPU as it is: CUDA's either operand (``opmath_symmetric_gpu_kernel_with_scalars``), the CPU's the second alone
+    (``binary_kernel_reduced_floating_vec_opmath_support``).
+    """
+    operand, result = tensor(core.args[index]) if index < len(core.args) else None, tensor(core)
+    if operand is None or result is None or result.dtype not in (torch.bfloat16, torch.float16):
+        return False
+    if core.target not in _NARROWING or operand.dtype not in (torch.float32, torch.float64):
+        return False
+    if core.target is aten.where.self:
+        return True
+    return index == 0 if result.device.type == "cpu" else operand.device.type != "cpu"
 
 
 def _takes(core: fx.Node, operands: int, reduction: bool) -> bool:

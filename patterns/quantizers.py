@@ -44,8 +44,12 @@ _x = value("x")
 _factor = factor(_reader)
 # Values are divided by the factor in the precision in which they come, or multiplied with it.
 _quotient = either(
-    tagged("divides", True, op(DIV, _x, _factor, rounding="quotient", shapes=one_per_group)),
-    tagged("divides", False, op(MUL, _x, _factor, rounding="quotient", commutative=True, shapes=one_per_group)),
+    tagged("divides", True, op(DIV, _x, _factor, rounding="quotient", shapes=one_per_group, narrowing=True)),
+    tagged(
+        "divides",
+        False,
+        op(MUL, _x, _factor, rounding="quotient", commutative=True, shapes=one_per_group, narrowing=True),
+    ),
 )
 _rounded = either(
     tagged("rounding", Rounding.NEAREST_EVEN, op((aten.round.default,), _quotient, exact=True)),

@@ -27,6 +27,7 @@ from .grammar import (
     either,
     equal,
     getitem,
+    narrows,
     op,
     reduce_all,
     reduce_rows,
@@ -204,16 +205,16 @@ class ScaleReader:
         """The operands as terms and numbers; None if one is neither or broadcasts."""
         found: list[Operand] = []
         for argument in arguments:
-            number = constant(argument, self.search.values)
-            if number is not None:
-                found.append(number)
-                continue
-            term = self.read(argument)
-            if term is None:
-                return None
-            if "amax" in term.leaves() and not same_shape(shape(argument), shape(core)):
-                return None
-            found.append(term)
+            operand: Operand | None = constant(argument, self.search.values)
+            if operand is None:
+                operand = self.read(argument)
+                if operand is None:
+                    return None
+                assert isinstance(operand, Term)
+                if "amax" in operand.leaves() and not same_shape(shape(argument), shape(core)):
+                    return None
+            narrowed = isinstance(argument, fx.Node) and narrows(core, core.args.index(argument))
+            found.append(rounded_to(operand, dtype(core)) if narrowed else operand)
         return found if any(isinstance(f, Term) for f in found) else None
 
     def _conversion(self, core: fx.Node) -> Term | None:
@@ -228,6 +229,10 @@ class ScaleReader:
             return None
         term = operands[0]
         assert isinstance(term, Term)
+        if dtype(core.args[0]) is torch.float8_e8m0fnu:  # type: ignore[arg-type]
+            term = _power_of(term)
+            if target is torch.float32:
+                return term
         source = kind(term)
         if target in _ROUNDINGS and source in ("f32", "f64"):
             return Term(_ROUNDINGS[target], (term if source == "f32" else Term("f32", (term,)),))
@@ -278,7 +283,7 @@ class ScaleReader:
         else:
             return None
         condition = self.read(mask)
-        operands = self._operands(core, [then, otherwise])
+        operands = None if _has_exponents(core) else self._operands(core, [then, otherwise])
         if condition is None or kind(condition) != "bool" or operands is None:
             return None
         if not same_shape(shape(mask), shape(core)):  # type: ignore[arg-type]
@@ -324,9 +329,10 @@ class ScaleReader:
             operands = [o if isinstance(o, Term) else (int(o) + 2**31) % 2**32 - 2**31 for o in operands]
         if name == "mul" and 1.0 in operands:
             return next(o for o in operands if isinstance(o, Term))
-        if len({kind(o) for o in operands} - {"number", "bool"}) > 1:
+        promoted = None if _has_exponents(core) else _promoted(operands, core)
+        if promoted is None or len({kind(o) for o in promoted} - {"number"}) > 1:
             return None
-        return Term(name, tuple(operands))
+        return Term(name, tuple(promoted))
 
     def _quotient(self, core: fx.Node) -> Term | None:
         divisor = constant(core.args[1], self.search.values)
@@ -335,11 +341,45 @@ class ScaleReader:
         # Eager CUDA code multiplies by the reciprocal of a Python scalar.
         inverse = 1 / divisor if dtype(core) is torch.float64 else reciprocal_of(divisor)
         operands = self._operands(core, [core.args[0]])
-        return None if operands is None else Term("mul", (operands[0], inverse))
+        promoted = None if operands is None or _has_exponents(core) else _promoted(operands, core)
+        return None if promoted is None else Term("mul", (promoted[0], inverse))
 
     def _divides_by_tensor(self, core: fx.Node) -> bool:
         divisor = tensor(core.args[1])
         return self.device_type == "cpu" or (divisor is not None and divisor.device.type == self.device_type)
+
+
+def rounded_to(operand: Operand, kind_of: torch.dtype | None) -> Operand:
+    """A float32 operand rounded to 16 bits."""
+    assert kind_of in _ROUNDINGS
+    return Term(_ROUNDINGS[kind_of], (operand,)) if isinstance(operand, Term) else round_to(operand, kind_of)
+
+
+def _power_of(byte: Term) -> Term:
+    """The float32 that an E8M0 byte stands for: 2^-127 is subnormal, 255 is NaN (OCP MX 1.0, 5.4.1)."""
+    bits = Term("where", (Term("eq", (byte, 255)), 0x7FC00000, Term("shl", (byte, 23))))
+    return Term("from_bits", (Term("where", (Term("eq", (byte, 0)), 0x00400000, bits)),))
+
+
+def _has_exponents(core: fx.Node) -> bool:
+    """Whether an operand is of E8M0, whose terms are its bytes."""
+    return any(dtype(node) is torch.float8_e8m0fnu for node in core.all_input_nodes)
+
+
+def _promoted(operands: list[Operand], core: fx.Node) -> list[Operand] | None:
+    """Masks and integers as what torch makes of them before it computes a float32, or integers, of them."""
+    result = dtype(core)
+    kinds = {kind(o) for o in operands}
+    if core.target is aten.logical_not.default or not kinds & {"bool", "i32"}:
+        return operands
+    whole = [Term("i32", (o,)) if kind(o) == "bool" else o for o in operands]
+    if result in (torch.int32, torch.uint8):
+        return whole
+    if result is torch.bool:
+        return whole if all(isinstance(o, Term) or float(o).is_integer() for o in whole) else None
+    if result is not torch.float32:
+        return None
+    return [Term("f32", (o,)) if kind(o) == "i32" else o for o in whole]
 
 
 def factor(reader_of: Callable[[Match, Search], ScaleReader]) -> Pattern:
@@ -353,6 +393,10 @@ def factor(reader_of: Callable[[Match, Search], ScaleReader]) -> Pattern:
         term = reader.read(source)
         if term is None or kind(term) != "f32":
             return
+        # What it divides or multiplies was consumed last.
+        quotient = match.nodes[-1]
+        if narrows(quotient, quotient.args.index(node)):
+            term = rounded_to(term, dtype(quotient))
         found: Match | None = reader.match
         for name, captured in (("reader", reader), ("factor", term), ("repeats", repeats)):
             found = found and found.bind(name, captured)

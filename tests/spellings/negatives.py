@@ -53,6 +53,33 @@ def int8_wrapping(x):
     return torch.round(x.float() / scale).to(torch.int8), scale
 
 
+@negative(f"{MADE_UP} int8 without a clamp, by a divisor that needs none in large rows alone", inputs=spread(F32))
+def int8_wrapping_in_small_rows(x):
+    amax = x.abs().amax(-1, keepdim=True).clamp(min=1e-3)
+    scale = torch.where(amax < 1.0, amax / 500.0, amax / 127.0)
+    return torch.round(x / scale).to(torch.int8), scale
+
+
+@negative(f"{MADE_UP} int8 without a clamp, by a constant for rows that are not as small", inputs=spread(F32))
+def int8_wrapping_by_a_constant(x):
+    amax = x.abs().amax(-1, keepdim=True)
+    scale = torch.where(amax < 1.0, 1e-4, amax / 127.0)
+    return torch.round(x / scale).to(torch.int8), scale
+
+
+@negative(f"{MADE_UP} -0.0 is added, which leaves -0 as it is", inputs=spread(F32))
+def minus_zero_added(x):
+    scale = _amax(x) / 448.0
+    return _codes((x / scale).round() + torch.tensor(-0.0, device=x.device)), scale
+
+
+@negative(f"{MADE_UP} a guard by -0.0, which kernels read from a tensor", "quant_per_token", inputs=spread(F32))
+def guarded_by_minus_zero(x):
+    amax = x.abs().amax(-1, keepdim=True)
+    multiplier = torch.where(amax < 1.0, -0.0, 448.0 / amax)
+    return _codes(x * multiplier), multiplier
+
+
 @negative(
     "pytorch/ao torchao/quantization/quant_primitives.py asymmetric int8: a zero point from the minimum",
     inputs=spread(F32),
@@ -767,6 +794,11 @@ def mish(gate, up):
 @negative(f"{MADE_UP} silu of the product", "silu_per_token", inputs=pair(), then=per_token)
 def silu_of_product(gate, up):
     return F.silu(gate * up)
+
+
+@negative(f"{MADE_UP} zero is added to up, which turns -0 to 0", "silu_mul_per_token", inputs=pair(F32), then=per_token)
+def zero_added_to_up(gate, up):
+    return F.silu(gate) * (torch.where(up > 0, up, -0.0) + 0.0)
 
 
 @negative(f"{MADE_UP} a gate in float64", QUANT, inputs=pair(), then=per_token)

@@ -533,3 +533,42 @@ def int8_in_place(x):
 def int8_clamped_first(x):
     scale = x.float().abs().amax(-1, keepdim=True).clamp(min=1e-8) / 127
     return (x.float() / scale).clamp(-127, 127).round().to(torch.int8), scale
+
+
+@positive(
+    "made up: a scale that is stored as E8M0 and read again",
+    "quant_per_token_ue8m0_bytes",
+    inputs=spread(F32, zero_row=True),
+)
+def e8m0_read_again(x):
+    scale = torch.exp2(torch.ceil(torch.log2(x.abs().amax(-1, keepdim=True) / 448.0))).to(torch.float8_e8m0fnu)
+    return (x / scale.float()).clamp(-448.0, 448.0).to(E4M3), scale.view(torch.uint8)
+
+
+@positive(
+    "made up: a scalar that eager code rounds to the 16 bits it meets",
+    "quant_static",
+    inputs=with_scale(spread(), 3.1358),
+)
+def scalar_first(x, scale):
+    return (scale.reshape(()) * x).clamp(-448.0, 448.0).to(E4M3)
+
+
+@positive("made up: constants computed of tensors", "quant_per_token", inputs=spread(F32))
+def constants_of_constants(x):
+    scale = x.abs().amax(-1, keepdim=True) / (torch.tensor(448.0, device=x.device) * 0.9)
+    return (x / scale).clamp(-448.0, 448.0).to(E4M3), scale
+
+
+@positive("made up: an integer exponent times a float", "quant_per_token_ue8m0_bytes", inputs=spread(F32))
+def exponent_times_float(x):
+    exponent = (x.abs().amax(-1, keepdim=True).view(torch.int32) >> 23) & 0xFF
+    scale = ((exponent - 8).clamp(min=1) << 23).view(torch.float32)
+    return (x / scale).clamp(-448.0, 448.0).to(E4M3), (exponent * 0.5).to(torch.uint8)
+
+
+@positive("made up: a scale times a mask", "quant_per_token", inputs=spread(F32, zero_row=True))
+def scale_times_mask(x):
+    amax = x.abs().amax(-1, keepdim=True)
+    scale = amax / 448.0 + 0.25 * (amax < 1.0)
+    return (x / scale).clamp(-448.0, 448.0).to(E4M3), scale
