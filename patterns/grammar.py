@@ -316,7 +316,7 @@ def op(
                     core,
                     match,
                     f"operands of {expected} in {_result_dtype(core)}",
-                    f"a scalar in {dtype(core.args[wide])}",
+                    f"operand {wide} is a scalar of more bits",
                 )
                 return
             if shapes is not None and not _fit(shapes, core, arguments):

@@ -396,7 +396,7 @@ def factor(reader_of: Callable[[Match, Search], ScaleReader]) -> Pattern:
         # What it divides or multiplies was consumed last.
         quotient = match.nodes[-1]
         if narrows(quotient, quotient.args.index(node)):
-            term = rounded_to(term, dtype(quotient))
+            term = Term(_ROUNDINGS[dtype(quotient)], (term,))  # type: ignore[index]
         found: Match | None = reader.match
         for name, captured in (("reader", reader), ("factor", term), ("repeats", repeats)):
             found = found and found.bind(name, captured)
