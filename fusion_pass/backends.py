@@ -30,7 +30,7 @@ def fusion_pass(
         return inductor.compile_with_inductor(gm, inputs, mode, options, around=each_graph)
 
 
-def fusion_pass_eager(gm: fx.GraphModule, inputs: Sequence[Any], **inductors: Any) -> Callable[..., Any]:
+def fusion_pass_eager(gm: fx.GraphModule, inputs: Sequence[Any], **inductor_options: Any) -> Callable[..., Any]:
     """``torch.compile(model, backend="fusion_pass_eager")``: the rewritten graph, run node by node as eager would.
 
     For debugging and fuzzing: what differs from eager here is the rewriting's doing, not Inductor's.
@@ -38,7 +38,8 @@ def fusion_pass_eager(gm: fx.GraphModule, inputs: Sequence[Any], **inductors: An
     Raises:
         ValueError: a mode or options are given, which are Inductor's.
     """
-    for name, value in inductors.items():
+    if inductor_options:
+        name, value = next(iter(inductor_options.items()))
         raise ValueError(
             f'{name} is {value!r}; allowed with backend="fusion_pass_eager": none, use backend="fusion_pass"'
         )

@@ -75,9 +75,9 @@ def _fused_producer(node: fx.Node, internal: set[fx.Node], values: Values) -> fx
 
 
 def _saves_less(site: FusedSite) -> bool:
-    """Whether an op would save less than writing and reading its input take.
+    """Whether fusing would save less time than writing and rereading the input costs.
 
-    Not: a transpose, which Inductor reads twice; an amax of all values, for which it computes the producer twice; FP4 codes, on
+    Never for: a transpose, which Inductor reads twice; an amax of all values, for which it computes the producer twice; FP4 codes, on
     which ops save 1.3 to 3 times as long, and 1.3 us of few rows. And what is an op already has its inputs in memory.
     """
     if site.by_columns or site.columns is not None or site.quantizer.e2m1 is not None:

@@ -17,12 +17,12 @@ _KEY = "fusion_pass_replaced"
 
 
 def note(site: FusedSite, allocation: fx.Node) -> None:
-    """Say on the allocation of the codes how many nodes the scheduler has the less for site."""
+    """Record on the allocation of the codes how many fewer nodes the scheduler has for site."""
     allocation.meta[_KEY] = max(0, _nodes_replaced(site) - _nodes_of_launch(site))
 
 
 def noted(node: fx.Node) -> int:
-    """How many nodes the scheduler has the less for the site whose codes are allocated by node; 0 for any other node."""
+    """How many fewer nodes the scheduler has for the site whose codes node allocates; 0 for any other node."""
     return node.meta.get(_KEY, 0)  # type: ignore[no-any-return]
 
 

@@ -182,7 +182,7 @@ OPS: dict[type[Prologue], torch._ops.OpOverload] = {
 
 
 class Quantized(NamedTuple):
-    """Codes (..., N), and float32 dequantization scales (..., N // group), or (..., N // group, M) for column scales."""
+    """Codes (..., N), and float32 dequantization scales: (..., 1) per row, (..., N // group), or (..., N // group, M) for column scales."""
 
     codes: torch.Tensor
     scale: torch.Tensor

@@ -38,7 +38,7 @@ _SEGMENT = 16  # neighbouring values of a thread
 
 
 def _in_warps(spec: FusedSpec, row: int, config: LaunchConfig) -> bool:
-    """Whether a tile is one row of which each thread of several warps reads whole vectors of 16 values, or 2, 4 or 8 in all.
+    """Whether a tile is one row whose values each thread of several warps reads as vectors of 16, or as 2, 4 or 8 in total.
 
     Of FP4 codes, parts of rows alone: what they add up is not what they quantize.
     """
