@@ -310,6 +310,33 @@ def test_look_alikes_are_refused_with_a_reason(fn, fused, reason, tensors):
     assert result.equal
 
 
+def quantized_twice(x, r, w):
+    return spelled.per_token(x), spelled.per_token(x)
+
+
+def summed_twice(x, r, w):
+    first, second = x + r, x + r
+    return spelled.per_token(spelled.rms_norm(first, w)), first, second.flatten(), second[:, 1]
+
+
+def scales_widened_twice(x, r, w):
+    s = x.abs().amax(-1, keepdim=True).clamp(min=1e-10) / 448.0
+    return (x / s).clamp(-448.0, 448.0).to(spelled.E4M3), s.float(), s.float()
+
+
+@pytest.mark.parametrize("fn", [quantized_twice, summed_twice, scales_widened_twice])
+def test_results_share_memory_only_where_those_of_eager_do(fn, tensors):
+    def sharing(results):
+        storages = [r.untyped_storage().data_ptr() for r in torch.utils._pytree.tree_leaves(results)]
+        return [storages.index(s) for s in storages]
+
+    report = Report()
+    results = torch.compile(fn, backend=collecting(report), dynamic=False)(*tensors)
+    assert len(report.fused) == 1
+    assert compare(results, fn(*tensors)).equal
+    assert sharing(results) == sharing(fn(*tensors))
+
+
 def test_an_input_computed_from_the_sum_keeps_the_norm_apart(device):
     def fn(x, r):
         h = x + r
