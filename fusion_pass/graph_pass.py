@@ -15,7 +15,7 @@ import torch
 import triton
 from torch import fx
 
-from . import cost, debug, distances, floats, hardware, hidden_casts, inductor, registration, settings
+from . import cost, debug, distances, floats, hardware, hidden_casts, inductor, order, registration, settings
 from .failures import ExpectedError, FusionPassError, Undo, contained, during, tell
 from .inductor import CustomGraphPass, SchedulePass, counters, spread_schedule
 from .lower import lower
@@ -77,6 +77,8 @@ def _run(
         hardware.decline(report)
         if values is not None and not always:
             cost.decline(report, values)
+        if values is not None:
+            order.decline(graph, report, values)
     if not report.eligible and not report.missed:
         return report
     with during("record"):

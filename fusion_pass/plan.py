@@ -9,15 +9,17 @@ from __future__ import annotations
 import dataclasses
 import functools
 import operator
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import fx
 
 from .failures import during
+from .inductor import known
+from .kernels.launch import check_row
 from .patterns.activations import ActivationSite, recognise_activation
 from .patterns.fp4 import packs_codes
 from .patterns.grammar import Failure, Search, describe
@@ -35,9 +37,11 @@ from .patterns.opaque import (
 from .patterns.quantizers import QuantizerSite, casts_to_codes, quantizes, recognise_quantizer
 from .patterns.values import FLOATS, Values, cast_dtype, dtype, readers, same_shape, same_size, shape, tensor
 from .sites import FusedSite, Miss, Report, location
-from .specs import FusedSpec, Granularity, NoPrologue, Quantizer, ScaleLayout
+from .specs import FusedSpec, Granularity, NoPrologue, Quantizer, ScaleLayout, SpecError, decode
 from .terms import Term, kind
 from .transposes import read_in_place
+
+Found = TypeVar("Found")
 
 # A prologue search that matched fewer operations than this saw an ordinary producer, not an unknown norm.
 _NEAR_MISS = 2
@@ -130,7 +134,7 @@ class _Planner:
                 group.served[index] += 1
                 continue
             with during("plan", _Located(cast)):
-                site = self._quantizer(cast)
+                site = self._if_expressible("quantizer", cast, self._quantizer, cast)
             if site is not None:
                 group = groups.setdefault(site.x, _Group([], []))
                 found[core] = group, len(group.quantizers)
@@ -147,6 +151,9 @@ class _Planner:
             if found is None:
                 self._miss("op", search.failure, cast)
             return found
+        if not shape(cast):
+            self._refuse("quantizer", "a single value has no row", cast)
+            return None
         site = recognise_quantizer(cast, search, _device(cast))
         if site is None:
             self._miss("quantizer", search.failure, cast)
@@ -167,18 +174,42 @@ class _Planner:
             if prologue is not None:
                 site = self._with_prologue(prologue, value, quantizer, claimed, alone=len(group.quantizers) == 1)
                 prologue = None
+                if site is not None and not self._runs(site, "prologue"):
+                    site = None
             # An op quantizes in one kernel already: worth replacing only together with what it reads.
             if site is None and not isinstance(quantizer, OpQuantizer):
                 site = self._bare(value, quantizer)
             if site is not None:
                 claimed_here = claimed | {self.values.core(n) for n in site.nodes}
                 site = self._with_layout(self._with_scale(site, quantizer, claimed_here), claimed_here, quantizer)
-            if site is not None:
+            if site is not None and self._runs(site, "quantizer"):
                 site.shared_by = served
                 site.location = location(*site.nodes[1:], site.codes)
                 sites.append(site)
                 self.report.eligible += served if isinstance(quantizer, OpQuantizer) else 0
         return sites
+
+    def _if_expressible(
+        self, kind: str, node: fx.Node, recognise: Callable[..., Found | None], argument: Any
+    ) -> Found | None:
+        """What was recognised; None, and a miss, if its numbers are none that specs or terms are made of."""
+        try:
+            return recognise(argument)
+        except (ValueError, ArithmeticError, IndexError) as error:
+            self._refuse(kind, f"no spec has what it computes: {error}", node)
+            return None
+
+    def _runs(self, site: FusedSite, kind: str) -> bool:
+        """Whether the op takes the site's rows and can read its spec back; what it would raise is a miss of this site alone."""
+        try:
+            check_row(decode(site.spec.encode()), site.row)
+        except SpecError:
+            self._refuse(kind, "a bound or an operand is not finite, which specs cannot tell kernels", site.codes)
+        except ValueError as error:
+            self._refuse(kind, str(error), site.codes)
+        else:
+            return True
+        return False
 
     def _prologue(self, value: fx.Node, group: _Group) -> NormSite | ActivationSite | None:
         """The norm or activation that computes value, if one does and every quantizer's rows divide its rows."""
@@ -189,7 +220,7 @@ class _Planner:
             lambda search: recognise_activation(value, search),
         ):
             search = Search(self.values)
-            site: NormSite | ActivationSite | None = recognise(search)  # type: ignore[no-untyped-call]
+            site: NormSite | ActivationSite | None = self._if_expressible("prologue", value, recognise, search)
             if site is not None:
                 length = group.quantizers[0].spec.group
                 if length is None or site.size % length == 0:
@@ -456,7 +487,18 @@ def _device(node: fx.Node) -> str:
 
 def _contiguous(*nodes: fx.Node) -> bool:
     """Fused ops return contiguous tensors; a consumer that relies on other strides must keep its producer."""
-    return all(value.is_contiguous() for value in map(tensor, nodes) if value is not None)
+    return all(_lies_contiguous(value) for value in map(tensor, nodes) if value is not None)
+
+
+def _lies_contiguous(value: torch.Tensor) -> bool:
+    """As ``is_contiguous``, which cannot be asked of sizes that are data; what is not known of these is taken for no."""
+    expected: Any = 1
+    for size, stride in zip(reversed(value.shape), reversed(value.stride()), strict=True):
+        if known(stride == expected):
+            expected = expected * size
+        elif not known(size == 1):
+            return known(value.numel() == 0)
+    return True
 
 
 def _over_rows(quantizer: QuantizerSite, row: int) -> Quantizer:

@@ -28,6 +28,8 @@ _PARTS = VIEWS | {
     aten.unbind.int,
     operator.getitem,
 }
+# What may share its argument's memory; a clone never does.
+_ALIASES = _PARTS - {aten.clone.default, aten.lift_fresh_copy.default} | {aten.view.dtype}
 
 
 def rewrite(graph: fx.Graph, sites: Iterable[FusedSite], values: Values) -> None:
@@ -76,6 +78,8 @@ class _Editor:
         # Nodes that an earlier site replaced, where a later site's inputs may still name them.
         self.replaced: dict[fx.Node, fx.Node] = {}
         self.evaluated: dict[str, Any] = {}
+        # Outputs of ops whose memory the graph returns.
+        self.returned: set[fx.Node] = set()
 
     def insert(self, site: FusedSite) -> None:
         inputs = [self._resolve(n) for n in (site.x, site.other, site.weight, site.given) if n is not None]
@@ -203,8 +207,23 @@ class _Editor:
             view = output
             if not same_shape(shape(output), shape(node)):
                 view = self._call(aten.reshape.default, (output, list(self._sizes(node))))
+            if _is_returned(node):
+                view = self._unshared(view)
             node.replace_all_uses_with(view)
             self.replaced[node] = view
+
+    def _unshared(self, view: fx.Node) -> fx.Node:
+        """A view of an op's output, or a copy if the graph returns that already: eager's results are tensors of their own.
+
+        What computed one value twice is one op, but callers may write into one result and still read the other.
+        """
+        output = view
+        while output.target in _ALIASES and output.target is not operator.getitem:
+            output = output.args[0]  # type: ignore[assignment]
+        if output in self.returned:
+            return self._call(aten.clone.default, (view,))
+        self.returned.add(output)
+        return view
 
     def _sizes(self, node: fx.Node) -> list[Any]:
         """node's sizes as arguments of a view: at most one symbolic size is inferred, more are read from tensors."""
@@ -249,6 +268,20 @@ class _Editor:
             with inductor.fake_mode_of(self.graph):
                 self.evaluated[key] = target(*values)
         return self.evaluated[key]
+
+
+def _is_returned(node: fx.Node) -> bool:
+    """Whether the graph returns node's memory, as it is or behind views."""
+    seen = {node}
+    pending = [node]
+    while pending:
+        for user in pending.pop().users:
+            if user.op == "output":
+                return True
+            if user.target in _ALIASES and user not in seen:
+                seen.add(user)
+                pending.append(user)
+    return False
 
 
 def _described(node: fx.Node) -> str:

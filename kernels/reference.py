@@ -140,9 +140,11 @@ def _over_root(norm: RMSNorm, x: torch.Tensor, variance: torch.Tensor) -> torch.
 
 def _quantize(quantizer: Quantizer, value: torch.Tensor, given: torch.Tensor | None) -> list[torch.Tensor]:
     """The codes, and the scale if the quantizer returns one."""
-    grouped = value.reshape(1, -1) if quantizer.granularity is Granularity.TENSOR else value
-    grouped = grouped.unflatten(-1, (-1, quantizer.group or grouped.shape[-1]))  # type: ignore[no-untyped-call]
-    amax = grouped[..., :1]
+    if quantizer.granularity is Granularity.TENSOR:
+        grouped = value.reshape(1, 1, -1)
+    else:
+        grouped = value.unflatten(-1, (-1, quantizer.group or value.shape[-1]))  # type: ignore[no-untyped-call]
+    amax = grouped.new_zeros(*grouped.shape[:-1], 1)
     if quantizer.needs_amax and value.numel():
         amax = grouped.abs().amax(-1, keepdim=True)
     leaves = {"amax": amax, "given": None if given is None else given.float().reshape(())}

@@ -14,6 +14,7 @@ import torch
 from torch import fx
 
 from fusion_pass.eager import eager_cast_saturates
+from fusion_pass.inductor import known
 from fusion_pass.specs import reciprocal_of
 from fusion_pass.terms import AMAX, GIVEN, Operand, Term, bounds, is_power_of_two, kind
 
@@ -183,7 +184,7 @@ class ScaleReader:
         """A single float that comes from elsewhere."""
         value_of = tensor(node)
         assert value_of is not None
-        if value_of.numel() != 1 or dtype(node) not in FLOATS or value_of.device.type != self.device_type:
+        if not known(value_of.numel() == 1) or dtype(node) not in FLOATS or value_of.device.type != self.device_type:
             return None
         if self.given is not None and self.search.values.core(self.given) is not core:
             return None

@@ -474,6 +474,19 @@ def test_no_rows(device):
     assert scale.shape == (0, 2)
 
 
+@pytest.mark.parametrize("prologue", [NoPrologue(), RMSNorm(1e-6, weight=Weight.NONE)])
+def test_no_rows_by_a_scale_of_the_whole_tensor(prologue, device):
+    """A calibrated scale is no matter; an amax of nothing is zero."""
+    op = ops.OPS[type(prologue)]
+    x, given = torch.empty(0, 256, device=device), torch.tensor([0.1], device=device)
+    operands = (x,) if isinstance(prologue, NoPrologue) else (x, None, None)
+    (codes,) = op(*operands, given, FusedSpec(prologue, Quantizer.static()).encode())
+    assert (codes.shape, codes.dtype) == ((0, 256), torch.float8_e4m3fn)
+    codes, scale = op(*operands, None, FusedSpec(prologue, Quantizer.dynamic(per_tensor=True)).encode())
+    assert codes.shape == (0, 256)
+    assert scale.tolist() == [0.0]
+
+
 def test_a_launch_is_chosen_once():
     spec = FusedSpec(RMSNorm(1e-6), Quantizer.dynamic())
     assert configure(spec, 4096) is configure(spec, 4096)

@@ -3,6 +3,8 @@
 import pytest
 import torch
 
+from fusion_pass.backends import collecting
+from fusion_pass.sites import Report
 from fusion_pass.testing import compare
 
 import spelled
@@ -75,6 +77,29 @@ def test_a_matrix_and_its_transpose_take_one_graph(mark, device, backend, fused,
         assert result.equal, (rows, result)
     assert graphs() == 1
     assert fused() == {"quant_per_group_32_both_ways": 1}
+
+
+def by_mean(x):
+    return (x.float() / x.float().abs().mean(-1, keepdim=True)).clamp(-448.0, 448.0).to(spelled.E4M3)
+
+
+def by_given_rows(x):
+    return (x.float() / (x[:, :1].float().abs() + 1)).clamp(-448.0, 448.0).to(spelled.E4M3)
+
+
+def transposed(x):
+    return spelled.per_token(x.t().contiguous().t())
+
+
+@pytest.mark.parametrize("fn", [by_mean, by_given_rows, transposed])
+def test_what_is_asked_of_unbacked_rows_is_a_miss(fn, device):
+    """Whether a scale is one value, or rows follow each other, is data: asking would fail the graph."""
+    report = Report()
+    x = spelled.exact_rows(5, WIDTH, device=device)
+    torch._dynamo.decorators.mark_unbacked(x, 0)
+    compiled = torch.compile(fn, backend=collecting(report), fullgraph=True)
+    assert compare(compiled(x), fn(x)).equal
+    assert {miss.kind for miss in report.missed} <= {"quantizer", "prologue"}
 
 
 @pytest.mark.parametrize("fullgraph", [True, False])
