@@ -42,6 +42,7 @@ try:
     from torch.fx.experimental.proxy_tensor import make_fx
     from torch.fx.experimental.symbolic_shapes import (
         DimDynamic,
+        GuardOnDataDependentSymNode,
         ShapeEnv,
         StatelessSymbolicContext,
         is_concrete_int,
@@ -78,6 +79,7 @@ __all__ = [
     "is_traceable_wrapper_subclass",
     "known",
     "launch_kernels_statically",
+    "lies_contiguous",
     "lower_copies",
     "make_fx",
     "mark_static",
@@ -390,6 +392,14 @@ def fixed_size(size: Any) -> Any:
         return size
     hint = size.node.hint
     return int(hint) if hint is not None and statically_known_true(size == hint) else size
+
+
+def lies_contiguous(value: torch.Tensor) -> bool:
+    """Whether a tensor is contiguous; what depends on sizes that are data is taken for no."""
+    try:
+        return value.is_contiguous()
+    except GuardOnDataDependentSymNode:
+        return False
 
 
 def fake_mode_of(graph: fx.Graph) -> FakeTensorMode | contextlib.AbstractContextManager[None]:

@@ -18,7 +18,7 @@ import torch
 from torch import fx
 
 from .failures import during
-from .inductor import known
+from .inductor import lies_contiguous
 from .kernels.launch import check_row
 from .patterns.activations import ActivationSite, recognise_activation
 from .patterns.fp4 import packs_codes
@@ -487,18 +487,7 @@ def _device(node: fx.Node) -> str:
 
 def _contiguous(*nodes: fx.Node) -> bool:
     """Fused ops return contiguous tensors; a consumer that relies on other strides must keep its producer."""
-    return all(_lies_contiguous(value) for value in map(tensor, nodes) if value is not None)
-
-
-def _lies_contiguous(value: torch.Tensor) -> bool:
-    """As ``is_contiguous``, which cannot be asked of sizes that are data; what is not known of these is taken for no."""
-    expected: Any = 1
-    for size, stride in zip(reversed(value.shape), reversed(value.stride()), strict=True):
-        if known(stride == expected):
-            expected = expected * size
-        elif not known(size == 1):
-            return known(value.numel() == 0)
-    return True
+    return all(lies_contiguous(value) for value in map(tensor, nodes) if value is not None)
 
 
 def _over_rows(quantizer: QuantizerSite, row: int) -> Quantizer:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Iterable
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -30,6 +31,8 @@ _PARTS = VIEWS | {
 }
 # What may share its argument's memory; a clone never does.
 _ALIASES = _PARTS - {aten.clone.default, aten.lift_fresh_copy.default} | {aten.view.dtype}
+# Views that are told the sizes of their result.
+_SIZED = (aten.view.default, aten.reshape.default, aten._unsafe_view.default)
 
 
 def rewrite(graph: fx.Graph, sites: Iterable[FusedSite], values: Values) -> None:
@@ -226,17 +229,38 @@ class _Editor:
         return view
 
     def _sizes(self, node: fx.Node) -> list[Any]:
-        """node's sizes as arguments of a view: at most one symbolic size is inferred, more are read from tensors."""
+        """node's sizes as arguments of a view: at most one symbolic size is inferred, more are read from the graph."""
         sizes: list[Any] = list(shape(node))
         unread = [i for i, size in enumerate(sizes) if isinstance(size, torch.SymInt)]
-        for dim in unread[:]:
-            source = self._source_of(node, dim) if len(unread) > 1 else None
-            if source is not None:
-                sizes[dim] = self._call(aten.sym_size.int, source)
+        for dim in unread[:] if len(unread) > 1 else ():
+            size = self._size(node, dim)
+            if size is not None:
+                sizes[dim] = size
                 unread.remove(dim)
         if len(unread) > 1:
             raise RuntimeError(f"no tensors have the symbolic sizes {[sizes[dim] for dim in unread]} of {node.name}")
         return [-1 if i in unread else size for i, size in enumerate(sizes)]
+
+    def _size(self, node: fx.Node, dim: int) -> fx.Node | None:
+        """The number that the size of a dim is: read from a tensor, or computed before node was."""
+        source = self._source_of(node, dim)
+        if source is not None:
+            return self._call(aten.sym_size.int, source)
+        number = self._numbers.get(shape(node)[dim].node.expr)
+        return number if number is not None and self.order[number] < self.order[node] else None
+
+    @cached_property
+    def _numbers(self) -> dict[Any, fx.Node]:
+        """The sizes that the graph has as values: its inputs, what it computes of them, and what it tells views."""
+        numbers: dict[Any, fx.Node] = {}
+        for node in self.graph.nodes:
+            if isinstance(node.meta.get("val"), torch.SymInt):
+                numbers.setdefault(node.meta["val"].node.expr, node)
+            elif node.target in _SIZED and len(node.args) == 2 and tensor(node) is not None:
+                for size, told in zip(shape(node), node.args[1], strict=True):
+                    if isinstance(size, torch.SymInt) and isinstance(told, fx.Node):
+                        numbers.setdefault(size.node.expr, told)
+        return numbers
 
     def _source_of(self, node: fx.Node, dim: int) -> tuple[fx.Node, int] | None:
         """A tensor and its dim of that size: an input or output of the op, never the node that goes away or a view."""

@@ -102,6 +102,26 @@ def test_what_is_asked_of_unbacked_rows_is_a_miss(fn, device):
     assert {miss.kind for miss in report.missed} <= {"quantizer", "prologue"}
 
 
+HEADS = {
+    "one told": lambda x, w, heads, rows: spelled.per_token(x.view(-1, heads, WIDTH)),
+    "both told": lambda x, w, heads, rows: spelled.per_token(x.view(rows, heads, WIDTH)),
+    "computed": lambda x, w, heads, rows: spelled.per_token(x.view(rows * 2 // 2, heads * 1, WIDTH)),
+    "of a norm": lambda x, w, heads, rows: spelled.per_token(spelled.rms_norm(x, w).view(-1, heads, WIDTH)),
+}
+
+
+@pytest.mark.parametrize("view", HEADS)
+def test_sizes_that_no_tensor_has(view, device, backend, fused, graphs):
+    """A number of heads that is an argument: what the graph tells its views is told those of the op's results."""
+    fn = HEADS[view]
+    compiled = torch.compile(fn, backend=backend, dynamic=True, fullgraph=True)
+    for rows, heads in ((6, 4), (5, 3), (2, 7)):
+        x, _, w = tensors(rows * heads, device)
+        assert compare(compiled(x, w, heads, rows), fn(x, w, heads, rows)).equal
+    assert graphs() == 1
+    assert fused() == {"rms_norm_per_token" if view == "of a norm" else "quant_per_token": 1}
+
+
 @pytest.mark.parametrize("fullgraph", [True, False])
 def test_unmarked_rows_become_dynamic_once(fullgraph, device, backend, graphs):
     fn = SITES["add_rms_norm_per_token"]
