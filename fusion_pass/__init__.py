@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from .registration import enabled, register, unregister
 
 if TYPE_CHECKING:
-    from . import ops, presets
+    from . import layouts, ops, presets, specs, testing
     from .explanation import explain
     from .failures import FusionPassError, FusionPassWarning
     from .graph_pass import FusionPass, UnfusedSiteError
@@ -37,11 +37,14 @@ __all__ = [
     "check",
     "enabled",
     "explain",
+    "layouts",
     "lock",
     "ops",
     "presets",
     "register",
     "register_op",
+    "specs",
+    "testing",
     "unregister",
     "unregister_op",
 ]
@@ -64,10 +67,17 @@ _LAZY = {
 }
 
 
+_MODULES = ("layouts", "ops", "presets", "specs", "testing")
+
+
+def __dir__() -> list[str]:
+    return [*__all__, *_MODULES]
+
+
 def __getattr__(name: str) -> Any:
     import importlib
 
-    if name in ("ops", "presets"):
+    if name in _MODULES:
         return importlib.import_module(f".{name}", __name__)
     if name in _LAZY:
         value = getattr(importlib.import_module(f".{_LAZY[name]}", __name__), name)

@@ -9,8 +9,10 @@ import torch
 from torch.utils import _pytree as pytree
 
 from .backends import collecting
+from .checks import require
 from .fake_device import without_data
-from .inductor import FakeTensorMode
+from .inductor import FakeTensorMode, without_recompile_limit
+from .registration import DEVICES
 from .sites import Report
 
 
@@ -26,12 +28,19 @@ def explain(fn: Callable[..., Any], *args: Any, device: str | None = None, **kwa
 
     Returns:
         A report: ``.fused`` the sites, ``.missed`` the near misses with their reasons.
+
+    Raises:
+        ValueError: ``device`` is none that the pass knows.
     """
     report = Report()
-    if device is None:
-        torch.compile(fn, backend=collecting(report))(*args, **kwargs)
-    else:
-        _explain_fake(fn, args, kwargs, torch.device(device), report)
+    if device is not None:
+        allowed = f"None, or {' or '.join(DEVICES)} with or without an index"
+        require(str(device).partition(":")[0] in DEVICES, "device", device, allowed)
+    with without_recompile_limit():
+        if device is None:
+            torch.compile(fn, backend=collecting(report))(*args, **kwargs)
+        else:
+            _explain_fake(fn, args, kwargs, torch.device(device), report)
     return report
 
 

@@ -31,7 +31,7 @@ class FusionPassError(RuntimeError):
     """The pass failed, raised with ``strict=True``; its cause is the exception that stopped it.
 
     Attributes:
-        stage: what the pass was doing: ``plan``, ``rewrite``, ``lower``, ``record``, ``show roundings``, ``hide roundings``,
+        stage: what the pass was doing: ``plan``, ``rewrite``, ``lower``, ``record``, ``show casts``, ``hide casts``,
             ``keep distances``, ``make constants``, ``cache key``, or ``run``, between these.
         site: the site or operation at which it was, as text, or None.
     """

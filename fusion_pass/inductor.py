@@ -97,12 +97,14 @@ __all__ = [
     "trace",
     "trace_log",
     "trace_structured",
+    "without_recompile_limit",
 ]
 
 POST_GRAD = "post_grad_custom_post_pass"
 PRE_JOINT = "joint_custom_pre_pass"
 SCHEDULE = "_pre_fusion_custom_pass"
 _LOWERING = "torch._inductor.lowering"
+_UNLIMITED = 10**9
 _COPY = torch.ops.aten._to_copy.default
 _TRITON_NODES = "torch._higher_order_ops.triton_kernel_wrap"
 # By the names it has had, the newest first.
@@ -510,6 +512,12 @@ def trace(
 def _symbolic(mode: FakeTensorMode, tensor: torch.Tensor) -> torch.Tensor:
     sizes = [*[DimDynamic.DUCK] * (tensor.dim() - 1), DimDynamic.STATIC]
     return mode.from_tensor(tensor, symbolic_context=StatelessSymbolicContext(dynamic_sizes=sizes))
+
+
+def without_recompile_limit() -> contextlib.AbstractContextManager[Any]:
+    """Dynamo traces however often a function was compiled before: beyond its limit it runs code as it is, and says nothing."""
+    dynamo: Any = torch._dynamo.config  # type: ignore[attr-defined]
+    return dynamo.patch(recompile_limit=_UNLIMITED, accumulated_recompile_limit=_UNLIMITED)  # type: ignore[no-any-return]
 
 
 def compile_without_joint_passes(

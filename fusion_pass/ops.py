@@ -19,6 +19,7 @@ from typing import NamedTuple
 import torch
 
 from .cast_transpose import LINEAR, CastTransposed, CastTransposeSpec, Placement
+from .checks import require_float8
 from .kernels.arithmetic import INTERPRETED
 from .kernels.cast_transpose import launch as launch_cast_transpose
 from .kernels.cast_transpose import plain as plain_cast_transpose
@@ -197,7 +198,7 @@ class NormQuantized(NamedTuple):
 
 
 def _quantizer(dtype: torch.dtype, group: int | None, amax_floor: float | None) -> Quantizer:
-    bound = torch.finfo(dtype).max
+    bound = torch.finfo(require_float8(dtype)).max
     return Quantizer.dynamic(dtype, bound, group, amax_floor=amax_floor, scale_rule=ScaleRule.DIVIDE, clamp=bound)
 
 

@@ -220,7 +220,7 @@ class _Planner:
             lambda search: recognise_activation(value, search),
         ):
             search = Search(self.values)
-            site: NormSite | ActivationSite | None = self._if_expressible("prologue", value, recognise, search)
+            site: NormSite | ActivationSite | None = self._if_expressible("prologue", value, recognise, search)  # type: ignore[assignment]
             if site is not None:
                 length = group.quantizers[0].spec.group
                 if length is None or site.size % length == 0:

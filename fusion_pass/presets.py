@@ -21,7 +21,7 @@ from typing import NamedTuple
 import torch
 
 from .cast_transpose import LINEAR, BlockScales, CastTransposed, CastTransposeSpec, Placement
-from .checks import require, require_dims
+from .checks import require, require_dims, require_float8
 from .mx_specs import ScaleMode, mx_quantizer
 from .ops import Quantized, cast_transpose
 from .specs import (
@@ -95,7 +95,7 @@ def _presented(scale: torch.Tensor, transposed: bool, strided: bool) -> torch.Te
 
 
 def _aiter_quantizer(group_size: int, dtype: torch.dtype) -> Quantizer:
-    bound = torch.finfo(dtype).max
+    bound = torch.finfo(require_float8(dtype)).max
     return Quantizer.dynamic(
         dtype,
         bound,
@@ -259,7 +259,7 @@ def sglang_rms_norm_spec(
     Source: sgl-project/sglang pull request 21403, over aiter's ``add_rmsnorm_quant``.
     """
     require(group_size in _SGLANG_GROUPS, "group_size", group_size, ", ".join(map(str, _SGLANG_GROUPS)))
-    bound = torch.finfo(dtype).max
+    bound = torch.finfo(require_float8(dtype)).max
     quantizer = Quantizer.dynamic(
         dtype,
         bound,

@@ -1,4 +1,4 @@
-"""The sole reader of the environment."""
+"""The sole reader of this package's own environment variables, ``FUSION_PASS_*``."""
 
 from __future__ import annotations
 

@@ -215,7 +215,3 @@ def _around(node: fx.Node, steps: int = 12) -> list[fx.Node]:
             break
         found.append(before)
     return found
-
-
-def dtype_text(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")

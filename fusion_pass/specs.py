@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from .terms import AMAX, GIVEN, Term, TermError, kind, parse
+from .terms import AMAX, GIVEN, Term, kind, parse
 
 DTYPE_NAMES: dict[torch.dtype, str] = {
     torch.float32: "f32",
@@ -329,6 +329,9 @@ class Quantizer:
         _require_rounding("quotient", self.quotient)
         _require(self.clamp is None or self.clamp > 0, "clamp", self.clamp, "None or a positive number")
         _require(self.code is not torch.int8 or self.clamp is not None, "clamp", None, "a number for int8 codes")
+        low, high = self.least, self.clamp
+        whole = self.code is not torch.int8 or (low is not None and high is not None and -128 <= low <= high <= 127)
+        _require(whole, "clamp", f"from {low} to {high}", "bounds within -128 and 127 for int8 codes")
         _require(kind(self.factor) == "f32", "factor", str(self.factor), "a float32 term")
         is_fp4 = self.code is torch.float4_e2m1fn_x2
         _require((self.e2m1 is not None) is is_fp4, "e2m1", self.e2m1, "an E2M1 for FP4 codes, else None")
@@ -592,7 +595,9 @@ def decode(text: str) -> FusedSpec:
     """
     try:
         spec = _decode(ast.parse(text, mode="eval").body, field="")
-    except (SyntaxError, KeyError, TypeError, AttributeError, TermError) as error:
+    except SpecError:
+        raise
+    except (SyntaxError, KeyError, TypeError, AttributeError, ValueError) as error:
         raise SpecError(f"spec is {text!r}; allowed: the text of FusedSpec.encode() ({error})") from None
     _require(isinstance(spec, FusedSpec), "spec", text, "the text of FusedSpec.encode()")
     assert isinstance(spec, FusedSpec)
@@ -601,7 +606,8 @@ def decode(text: str) -> FusedSpec:
 
 def _decode(node: ast.expr, field: str) -> Any:
     if isinstance(node, ast.Call):
-        assert isinstance(node.func, ast.Name)
+        if not isinstance(node.func, ast.Name):
+            raise SpecError(f"spec calls {ast.unparse(node.func)}; allowed: the classes of specs")
         return _CLASSES[node.func.id](**{str(k.arg): _decode(k.value, str(k.arg)) for k in node.keywords})
     if isinstance(node, ast.Name):
         return _ENUM_FIELDS[field](node.id) if field in _ENUM_FIELDS else _DTYPES[node.id]

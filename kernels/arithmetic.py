@@ -10,7 +10,6 @@ PyTorch's CPU operation on the tile instead.
 
 from __future__ import annotations
 
-import numpy as np
 import torch
 import triton
 import triton.language as tl
@@ -36,6 +35,8 @@ _BITS = {tl.bfloat16: torch.uint16, tl.float8e4nv: torch.uint8, tl.float8e5: tor
 
 
 def _to_torch(x: tl.tensor) -> torch.Tensor:
+    import numpy as np  # which the interpreter needs, and nothing else
+
     data = torch.from_numpy(np.ascontiguousarray(x.handle.data))
     dtype = x.dtype.scalar
     return data.view(_TORCH_DTYPES[dtype]) if dtype in _BITS else data

@@ -112,6 +112,7 @@ def _fail(node: fx.Node, expected: str, seen: str, search: Search) -> None:
 def _norm(call: Call, node: fx.Node, values: Values) -> NormSite:
     spec = _spec(call)
     assert isinstance(spec, RMSNorm)
+    _require(spec.gate is None, "its spec multiplies by a gate, which no part of a call is")
     x, residual, weight = (_operand(call, part) for part in ("x", "residual", "weight"))
     assert x is not None
     size = _row(call, "x")
@@ -152,6 +153,7 @@ def _with_sum(site: NormSite, values: Values) -> NormSite:
 def _activation(call: Call, node: fx.Node, values: Values) -> ActivationSite:
     spec = _spec(call)
     assert isinstance(spec, GatedActivation)
+    _require(spec.gated, "its spec is of an activation alone, but the call has a gate and up")
     nodes = (node, call.node)
     for part, halves in (("gate_up", (0, 1)), ("up_gate", (1, 0))):
         if part in call.entry.inputs:
@@ -171,6 +173,8 @@ def _activation(call: Call, node: fx.Node, values: Values) -> ActivationSite:
 def _quantizer(call: Call, codes: fx.Node, values: Values) -> OpQuantizer:
     spec = _spec(call)
     assert isinstance(spec, Quantizer)
+    _require(not spec.needs_given, "its spec reads a calibrated scale, which no part of a call is")
+    _require(spec.scale is not None, "its spec returns no scale")
     x = _operand(call, "x")
     assert x is not None
     row = _row(call, "x")
@@ -218,12 +222,13 @@ def _spec(call: Call) -> RMSNorm | GatedActivation | Quantizer:
         spec = call.entry.describe(**arguments)
     except SpecError as error:
         raise Refused(str(error)) from None
+    except Exception as error:
+        # The user's own code: what it raises is no defect of the pass, and concerns this call alone.
+        raise Refused(f"its spec function raised {type(error).__name__}: {error}") from None
     if isinstance(spec, str):
         raise Refused(spec)
     if not isinstance(spec, call.entry.kind):
-        raise TypeError(
-            f"the spec of {call.entry.name} is {spec!r}; allowed: a {call.entry.kind.__name__} or a sentence"
-        )
+        raise Refused(f"its spec function returned {spec!r}; allowed: a {call.entry.kind.__name__} or a sentence")
     return spec
 
 

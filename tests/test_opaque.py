@@ -11,7 +11,7 @@ import fusion_pass
 from fusion_pass import graph_pass, inductor
 from fusion_pass.backends import collecting
 from fusion_pass.sites import Report
-from fusion_pass.specs import GatedActivation, Mean, Quantizer, RMSNorm, ScaleLayout, ScaleRule, Weight
+from fusion_pass.specs import Activation, GatedActivation, Mean, Quantizer, RMSNorm, ScaleLayout, ScaleRule, Weight
 from fusion_pass.testing import compare
 
 import opaque_ops as ops
@@ -501,6 +501,23 @@ def test_a_spec_can_refuse(tensors, table):
     report, result = fuse(lambda x, r, w: spelled.per_token(norm(x, w)), *tensors)
     assert names(report) == ["quant_per_token"]
     assert "only large eps" in report.missed[0].reason
+    assert result.equal
+
+
+@pytest.mark.parametrize(
+    ("describe", "reason"),
+    [
+        (lambda x, weight, eps: None, "its spec function returned None"),
+        (lambda x, weight, eps: 1 / 0, "its spec function raised ZeroDivisionError"),
+        (lambda x, weight, eps: RMSNorm(eps, product=x.dtype, gate=Activation.SILU), "multiplies by a gate"),
+    ],
+)
+def test_a_spec_that_is_wrong_leaves_its_call_alone(describe, reason, tensors, table):
+    schema, norm = functional_norm()
+    fusion_pass.register_op(schema, describe, x="x", weight="weight", value=0)
+    report, result = fuse(lambda x, r, w: spelled.per_token(norm(x, w)), *tensors)
+    assert names(report) == ["quant_per_token"]
+    assert reason in report.missed[0].reason
     assert result.equal
 
 

@@ -100,3 +100,15 @@ def test_per_token_scales_have_no_column_layout():
 def test_other_text_is_refused(text):
     with pytest.raises(SpecError, match="spec"):
         decode(text)
+
+
+@pytest.mark.parametrize("bounds", [{}, {"clamp": 127.0, "clamp_low": -200.0}, {"clamp": 128.0}])
+def test_int8_codes_are_bounded_by_what_they_hold(bounds):
+    with pytest.raises(SpecError, match="within -128 and 127"):
+        Quantizer.static(torch.int8, **bounds)
+
+
+@pytest.mark.parametrize("text", ["FusedSpec(prologue=1+2)", "f()()", "FusedSpec(layout=nowhere)"])
+def test_what_is_no_spec_is_refused_as_one(text):
+    with pytest.raises(SpecError, match="allowed"):
+        decode(text)
