@@ -12,7 +12,7 @@ import operator
 from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch import fx
@@ -40,8 +40,6 @@ from .sites import FusedSite, Miss, Report, location
 from .specs import FusedSpec, Granularity, NoPrologue, Quantizer, ScaleLayout, SpecError, decode
 from .terms import Term, kind
 from .transposes import read_in_place
-
-Found = TypeVar("Found")
 
 # A prologue search that matched fewer operations than this saw an ordinary producer, not an unknown norm.
 _NEAR_MISS = 2
@@ -134,7 +132,7 @@ class _Planner:
                 group.served[index] += 1
                 continue
             with during("plan", _Located(cast)):
-                site = self._if_expressible("quantizer", cast, self._quantizer, cast)
+                site: QuantizerSite | None = self._if_expressible("quantizer", cast, self._quantizer, cast)
             if site is not None:
                 group = groups.setdefault(site.x, _Group([], []))
                 found[core] = group, len(group.quantizers)
@@ -190,8 +188,8 @@ class _Planner:
         return sites
 
     def _if_expressible(
-        self, kind: str, node: fx.Node, recognise: Callable[..., Found | None], argument: Any
-    ) -> Found | None:
+        self, kind: str, node: fx.Node, recognise: Callable[..., Any], argument: fx.Node | Search
+    ) -> Any:
         """What was recognised; None, and a miss, if its numbers are none that specs or terms are made of."""
         try:
             return recognise(argument)
