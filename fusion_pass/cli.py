@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from . import targets
+from .registration import DEVICES
 
 _EPILOG = """\
 The target is a function, a torch.nn.Module, or a class of one that is made without arguments: module:name with the current folder on
@@ -62,15 +63,27 @@ def _parser() -> argparse.ArgumentParser:
         )
         command.add_argument("--inputs", metavar="TENSORS", help="instead, random tensors: 'bf16[8, 256], bf16[256]'")
         if name == "fuzz":
-            command.add_argument("--examples", type=int, default=200, help="how many inputs to try (200)")
+            command.add_argument("--examples", type=_count, default=200, help="how many inputs to try (200)")
             command.add_argument("--seed", type=int, default=0, help="of the random values (0)")
         else:
-            command.add_argument("--device", help="pretend to be on a device: cuda needs no GPU")
+            command.add_argument("--device", type=_device, help="pretend to be on a device: cuda needs no GPU")
         if name in ("lock", "check"):
             command.add_argument(
                 "--file", type=Path, default=Path("fusion.lock.json"), help="the file (fusion.lock.json)"
             )
     return parser
+
+
+def _count(text: str) -> int:
+    if not text.isdecimal() or int(text) == 0:
+        raise argparse.ArgumentTypeError(f"is {text!r}; allowed: a positive number")
+    return int(text)
+
+
+def _device(text: str) -> str:
+    if text.partition(":")[0] not in DEVICES:
+        raise argparse.ArgumentTypeError(f"is {text!r}; allowed: {' or '.join(DEVICES)} with or without an index")
+    return text
 
 
 def _explain(fn: Callable[..., Any], args: tuple[Any, ...], parsed: argparse.Namespace) -> int:
@@ -105,10 +118,13 @@ def _lock(fn: Callable[..., Any], args: tuple[Any, ...], parsed: argparse.Namesp
 
 
 def _check(fn: Callable[..., Any], args: tuple[Any, ...], parsed: argparse.Namespace) -> int:
-    from .lockfile import LostSiteError, check
+    from .lockfile import LockfileError, LostSiteError, check
 
     try:
         print(check(fn, *args, path=parsed.file, device=parsed.device))
+    except LockfileError as error:
+        print(f"fusion_pass: {error}", file=sys.stderr)
+        return 2
     except (LostSiteError, FileNotFoundError) as error:
         print(error, file=sys.stderr)
         return 1

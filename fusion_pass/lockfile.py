@@ -21,6 +21,10 @@ from .specs import DTYPE_NAMES
 _VERSION = 1
 
 
+class LockfileError(ValueError):
+    """A file is no lockfile, or one of another version; the message names it and what is allowed."""
+
+
 class LostSiteError(AssertionError):
     """A site of the lockfile does not fuse any more; the message is a diff, with the near misses there are now."""
 
@@ -53,14 +57,17 @@ class Lock:
 
         Raises:
             FileNotFoundError: there is none; the message says how to write it.
-            ValueError: it is of another version.
+            LockfileError: it is no lockfile, or of another version.
         """
         try:
             content = json.loads(path.read_text(encoding="utf-8"))
         except FileNotFoundError:
             raise FileNotFoundError(f"there is no lockfile {path}: write it with fusion_pass.lock") from None
-        if content.get("version") != _VERSION:
-            raise ValueError(f"version is {content.get('version')!r} in {path}; allowed: {_VERSION}")
+        except json.JSONDecodeError as error:
+            raise LockfileError(f"{path} is no JSON ({error}); allowed: what fusion_pass.lock wrote") from None
+        version = content.get("version") if isinstance(content, dict) else None
+        if version != _VERSION:
+            raise LockfileError(f"version is {version!r} in {path}; allowed: {_VERSION}")
         return cls(content["device"], content["sites"])
 
     @classmethod

@@ -38,7 +38,10 @@ def load(name: str) -> Callable[..., Any]:
     """
     target = _named(name)
     if isinstance(target, type) and issubclass(target, torch.nn.Module):
-        target = target()
+        try:
+            target = target()
+        except TypeError as error:
+            raise TargetError(f"{name} cannot be made: {error}; allowed: a class that takes no arguments") from None
     if not callable(target):
         raise TargetError(
             f"{name} is {type(target).__name__}; allowed: a function, or a torch.nn.Module or a class of one"

@@ -30,6 +30,10 @@ class Model(torch.nn.Module):
     def forward(self, x):
         return quantized(self.linear(x))
 
+class Demanding(torch.nn.Module):
+    def __init__(self, width):
+        super().__init__()
+
 number = 3
 """
 
@@ -102,6 +106,7 @@ def test_lock_and_check(folder, capsys):
         (["cli_target.py:absent"], "has no 'absent'"),
         (["cli_target.py:number"], "is int; allowed: a function"),
         (["cli_target.py:Model"], "allowed: a function cli_target.py:Model_args"),
+        (["cli_target.py:Demanding"], "allowed: a class that takes no arguments"),
         (["cli_target.py:quantized", "--inputs", "fp4[3]"], "--inputs has 'fp4[3]'; allowed: tensors such as"),
         (["cli_target.py:quantized", "--inputs", "f32[3]", "--args", "a:b"], "are both given"),
     ],
@@ -109,6 +114,26 @@ def test_lock_and_check(folder, capsys):
 def test_a_wrong_command_line_says_what_is_allowed(folder, capsys, arguments, message):
     assert cli.main(["explain", *arguments]) == 2
     assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["explain", "cli_target.py:quantized", "--device", "mps"], "'mps'; allowed: cuda or cpu"),
+        (["fuzz", "cli_target.py:quantized", "--examples", "-3"], "'-3'; allowed: a positive number"),
+    ],
+)
+def test_a_wrong_option_says_what_is_allowed(folder, capsys, arguments, message):
+    with pytest.raises(SystemExit) as stopped:
+        cli.main(arguments)
+    assert stopped.value.code == 2
+    assert message in capsys.readouterr().err
+
+
+def test_a_file_that_is_no_lockfile(folder, capsys):
+    (folder / "fusion.lock.json").write_text("[]")
+    assert cli.main(["check", "cli_target.py:quantized"]) == 2
+    assert "version is None in fusion.lock.json" in capsys.readouterr().err
 
 
 def test_inline_tensors():

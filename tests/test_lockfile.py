@@ -71,6 +71,7 @@ def test_a_new_site_is_told_and_no_failure(tmp_path, args):
 def test_a_missing_or_foreign_file_is_named(tmp_path, args):
     with pytest.raises(FileNotFoundError, match=r"write it with fusion_pass\.lock"):
         fusion_pass.check(layers, *args, path=tmp_path / "lock")
-    (tmp_path / "lock").write_text('{"version": 2}')
-    with pytest.raises(ValueError, match="version is 2"):
-        fusion_pass.check(layers, *args, path=tmp_path / "lock")
+    for text, found in (('{"version": 2}', "version is 2"), ("[]", "version is None"), ("{", "is no JSON")):
+        (tmp_path / "lock").write_text(text)
+        with pytest.raises(ValueError, match=found):
+            fusion_pass.check(layers, *args, path=tmp_path / "lock")
