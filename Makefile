@@ -5,7 +5,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: demo test matrix check format types lint clean
+.PHONY: demo test matrix check format types lint linters clean
 
 demo: $(READY)
 	$(BIN)/python examples/llama_fp8.py
@@ -22,16 +22,20 @@ matrix:
 
 check: lint types
 
-lint: $(READY)
+# A machine's own torch comes without what developers need beside the tests.
+linters: $(READY)
+	test -x $(BIN)/ruff -a -x $(BIN)/mypy || $(BIN)/python -m pip install -q -c constraints.txt ruff mypy
+
+lint: linters
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
-format: $(READY)
+format: linters
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
 # The type checker does not run setuptools' import hooks: show it the package as it is installed.
-types: $(READY)
+types: linters
 	rm -rf build/types && mkdir -p build/types/fusion_pass
 	ln -s $(CURDIR)/fusion_pass/* $(CURDIR)/patterns $(CURDIR)/kernels build/types/fusion_pass/
 	MYPYPATH=build/types $(BIN)/mypy -p fusion_pass
