@@ -360,7 +360,7 @@ def narrows(core: fx.Node, index: int) -> bool:
     """Whether eager code rounds an operand to the 16 bits of the operation's result: a tensor without dims in 32 bits.
 
     ATen's kernels convert their operands to the common dtype, of which such a tensor has no say, but read a scalar that is on
-    the CPU as it is: CUDA's either operand (``opmath_symmetric_gpu_kernel_with_scalars``), the CPU's the second alone
+    the CPU as it is: CUDA's either operand (``opmath_symmetric_gpu_kernel_with_scalars``), but a quotient's the second alone, as the CPU's
     (``binary_kernel_reduced_floating_vec_opmath_support``).
     """
     operand, result = tensor(core.args[index]) if index < len(core.args) else None, tensor(core)
@@ -370,7 +370,9 @@ def narrows(core: fx.Node, index: int) -> bool:
         return False
     if core.target is aten.where.self:
         return True
-    return index == 0 if result.device.type == "cpu" else operand.device.type != "cpu"
+    if result.device.type == "cpu":
+        return index == 0
+    return operand.device.type != "cpu" or (index == 0 and core.target in DIV)
 
 
 def _takes(core: fx.Node, operands: int, reduction: bool) -> bool:
