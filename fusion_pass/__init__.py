@@ -71,7 +71,7 @@ _MODULES = ("layouts", "ops", "presets", "specs", "testing")
 
 
 def __dir__() -> list[str]:
-    return [*__all__, *_MODULES]
+    return list(__all__)
 
 
 def __getattr__(name: str) -> Any:

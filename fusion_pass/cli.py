@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from . import targets
-from .registration import DEVICES
+from .registration import DEVICE_NAMES, names_device
 
 _EPILOG = """\
 The target is a function, a torch.nn.Module, or a class of one that is made without arguments: module:name with the current folder on
@@ -81,8 +81,8 @@ def _count(text: str) -> int:
 
 
 def _device(text: str) -> str:
-    if text.partition(":")[0] not in DEVICES:
-        raise argparse.ArgumentTypeError(f"is {text!r}; allowed: {' or '.join(DEVICES)} with or without an index")
+    if not names_device(text):
+        raise argparse.ArgumentTypeError(f"is {text!r}; allowed: {DEVICE_NAMES}")
     return text
 
 

@@ -12,7 +12,7 @@ from .backends import collecting
 from .checks import require
 from .fake_device import without_data
 from .inductor import FakeTensorMode, without_recompile_limit
-from .registration import DEVICES
+from .registration import DEVICE_NAMES, names_device
 from .sites import Report
 
 
@@ -34,8 +34,7 @@ def explain(fn: Callable[..., Any], *args: Any, device: str | None = None, **kwa
     """
     report = Report()
     if device is not None:
-        allowed = f"None, or {' or '.join(DEVICES)} with or without an index"
-        require(str(device).partition(":")[0] in DEVICES, "device", device, allowed)
+        require(names_device(str(device)), "device", device, f"None, or {DEVICE_NAMES}")
     with without_recompile_limit():
         if device is None:
             torch.compile(fn, backend=collecting(report))(*args, **kwargs)

@@ -54,6 +54,14 @@ def register(devices: Sequence[str] = ("cuda",), strict: bool = False) -> None:
             raise
 
 
+# What names one of DEVICES, with or without its index.
+DEVICE_NAMES = f"{' or '.join(DEVICES)} with or without an index"
+
+
+def names_device(name: str) -> bool:
+    return name.partition(":")[0] in DEVICES
+
+
 def checked(devices: Sequence[str]) -> tuple[str, ...]:
     """The device types as :func:`register` takes them; also one as a string.
 

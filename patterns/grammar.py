@@ -309,16 +309,13 @@ def op(
         if found is None:
             return
         core, match = found
+        wide = None if narrowing else next(filter(partial(narrows, core), range(len(operands))), None)
+        if wide is not None:
+            wanted = f"operands of {expected} in {_result_dtype(core)}"
+            search.fail(core, match, wanted, f"operand {wide} is a scalar of more bits")
+            return
         for order in orders:
             arguments = [core.args[i] for i in order]
-            if not narrowing and (wide := next(filter(partial(narrows, core), order), None)) is not None:
-                search.fail(
-                    core,
-                    match,
-                    f"operands of {expected} in {_result_dtype(core)}",
-                    f"operand {wide} is a scalar of more bits",
-                )
-                return
             if shapes is not None and not _fit(shapes, core, arguments):
                 search.fail(core, match, f"operands of {expected} that are {shapes.__name__.replace('_', ' ')}")
                 continue

@@ -215,7 +215,7 @@ class ScaleReader:
                 if "amax" in operand.leaves() and not same_shape(shape(argument), shape(core)):
                     return None
             narrowed = isinstance(argument, fx.Node) and narrows(core, core.args.index(argument))
-            found.append(rounded_to(operand, dtype(core)) if narrowed else operand)
+            found.append(_rounded_to(operand, dtype(core)) if narrowed else operand)
         return found if any(isinstance(f, Term) for f in found) else None
 
     def _conversion(self, core: fx.Node) -> Term | None:
@@ -330,7 +330,7 @@ class ScaleReader:
             operands = [o if isinstance(o, Term) else (int(o) + 2**31) % 2**32 - 2**31 for o in operands]
         if name == "mul" and 1.0 in operands:
             return next(o for o in operands if isinstance(o, Term))
-        promoted = None if _has_exponents(core) else _promoted(operands, core)
+        promoted = _promoted(operands, core)
         if promoted is None or len({kind(o) for o in promoted} - {"number"}) > 1:
             return None
         return Term(name, tuple(promoted))
@@ -342,7 +342,7 @@ class ScaleReader:
         # Eager CUDA code multiplies by the reciprocal of a Python scalar.
         inverse = 1 / divisor if dtype(core) is torch.float64 else reciprocal_of(divisor)
         operands = self._operands(core, [core.args[0]])
-        promoted = None if operands is None or _has_exponents(core) else _promoted(operands, core)
+        promoted = None if operands is None else _promoted(operands, core)
         return None if promoted is None else Term("mul", (promoted[0], inverse))
 
     def _divides_by_tensor(self, core: fx.Node) -> bool:
@@ -350,7 +350,7 @@ class ScaleReader:
         return self.device_type == "cpu" or (divisor is not None and divisor.device.type == self.device_type)
 
 
-def rounded_to(operand: Operand, kind_of: torch.dtype | None) -> Operand:
+def _rounded_to(operand: Operand, kind_of: torch.dtype | None) -> Operand:
     """A float32 operand rounded to 16 bits."""
     assert kind_of in _ROUNDINGS
     return Term(_ROUNDINGS[kind_of], (operand,)) if isinstance(operand, Term) else round_to(operand, kind_of)
@@ -368,7 +368,9 @@ def _has_exponents(core: fx.Node) -> bool:
 
 
 def _promoted(operands: list[Operand], core: fx.Node) -> list[Operand] | None:
-    """Masks and integers as what torch makes of them before it computes a float32, or integers, of them."""
+    """Masks and integers as what torch makes of them before it computes a float32, or integers, of them; E8M0 it computes nothing of."""
+    if _has_exponents(core):
+        return None
     result = dtype(core)
     kinds = {kind(o) for o in operands}
     if core.target is aten.logical_not.default or not kinds & {"bool", "i32"}:
@@ -396,10 +398,10 @@ def factor(reader_of: Callable[[Match, Search], ScaleReader]) -> Pattern:
             return
         # What it divides or multiplies was consumed last.
         quotient = match.nodes[-1]
-        if narrows(quotient, quotient.args.index(node)):
-            term = Term(_ROUNDINGS[dtype(quotient)], (term,))  # type: ignore[index]
+        narrowed = narrows(quotient, quotient.args.index(node))
+        divisor = _rounded_to(term, dtype(quotient)) if narrowed else term
         found: Match | None = reader.match
-        for name, captured in (("reader", reader), ("factor", term), ("repeats", repeats)):
+        for name, captured in (("reader", reader), ("factor", divisor), ("repeats", repeats)):
             found = found and found.bind(name, captured)
         if found is not None:
             yield found
